@@ -1,0 +1,23 @@
+"""Small things that every script shares: errors, seeds, devices, metrics."""
+
+import sys
+
+import numpy as np
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; its text is one sentence that says what to change."""
+
+
+def run_script(main):
+    """Run `main()`; a `UserError` becomes one line on standard error and exit status 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def random_stream(seed, *stream):
+    """A NumPy generator of its own for each (seed, stream...): nothing reads global random state."""
+    return np.random.default_rng([seed, *stream])
