@@ -2,6 +2,48 @@
 
 import argparse
 
+from utils import UserError
+
+# The published method: items only, plain head, every parameter adapted, one rate per tensor and step, LSTM
+# weights, 16 tasks an iteration, and the original's other defaults.
+PAPER_FORM = {
+    "use_rating_input": False,
+    "head": "plain",
+    "adapt": "all",
+    "init_items": "random",
+    "inner_rates": "tensor",
+    "inner_damping": 0.0,
+    "inner_lr": 1e-3,
+    "num_inner_steps": 3,
+    "loss_network": "lstm",
+    "lstm_hidden": 32,
+    "lstm_input_size": 16,
+    "use_multi_step": True,
+    "multi_step_loss_num_epochs": 1000,
+    "batch_size": 16,
+    "num_samples": 25,
+    "num_query_set": 3,
+    "full_support": 0.0,
+    "num_train_iterations": 2000,
+    "outer_lr": 1e-3,
+    "min_outer_lr": 1e-4,
+    "item_lr": 1e-3,
+    "learn_lr": 1e-3,
+    "loss_lr": 1e-2,
+    "task_info_lr": 1e-2,
+    "lstm_lr": 1e-1,
+    "weight_decay": 0.0,
+    "gru4rec_n_layers": 2,
+    "pretrain_epochs": 100,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong option as one sentence, without the usage text."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
 
 def true_or_false(text):
     """The value of a `--flag=True|False` option."""
@@ -10,16 +52,222 @@ def true_or_false(text):
     return text == "True"
 
 
+def number(kind, low, high=float("inf")):
+    """A converter for numbers of `kind` (int or float) from low to high."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"'{text}' is not {name}") from None
+        if not low <= value <= high:
+            limit = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {limit}")
+        return value
+
+    return convert
+
+
+def count(low=1, high=float("inf")):
+    return number(int, low, high)
+
+
+def real(low=0.0, high=float("inf")):
+    return number(float, low, high)
+
+
+def group(parser, title):
+    """`add(name, default, type, help)` for a titled group; the help ends with the default."""
+    titled = parser.add_argument_group(title)
+
+    def add(name, default, kind, text, **more):
+        shown = "" if default is None else " (default: %(default)s)"
+        if kind is true_or_false:
+            more["metavar"] = "True|False"
+        return titled.add_argument(f"--{name}", default=default, type=kind, help=text + shown, **more)
+
+    return add
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
 def add_data_options(parser):
-    group = parser.add_argument_group("data")
-    add = group.add_argument
-    add("--mode", default="ml-1m", help="data set or file layout (default: %(default)s)")
-    add("--data_path", default=None, help="ratings file; default: the data set's place under ./Data")
-    add("--min_item", type=int, default=50, help="keep items with at least this many ratings (default: %(default)s)")
-    add("--min_sequence", type=int, default=5, help="then keep users with at least this many ratings (default: %(default)s)")
-    add("--rating_scale", default=None, metavar="LOW:HIGH", help="rating scale; default: found from the data")
-    add("--columns", default=None, metavar="user:U,item:I,rating:R,time:T", help="columns of --mode=csv or parquet, by name or 0-based position")
-    add("--sep", default=None, help="column separator of --mode=csv; default: found from the first line")
-    add("--skip_bad_rows", action="store_true", help="drop up to 1 %% of rows that cannot be read, and say how many")
-    add("--data_url", default=None, help="mirror to download the data set from")
-    add("--cache_dir", default=None, help="where parsed data is kept; default: beside the data")
+    add = group(parser, "data")
+    add("mode", "ml-1m", str, "data set or file layout")
+    add("data_path", None, str, "ratings file; default: the data set's place under ./Data")
+    add("min_item", 50, count(0), "keep items with at least this many ratings")
+    add("min_sequence", 5, count(2), "then keep users with at least this many ratings")
+    add("rating_scale", None, str, "rating scale; default: found from the data", metavar="LOW:HIGH")
+    add("columns", None, str, "columns of --mode=csv or parquet, by name or 0-based position", metavar="user:U,item:I,...")
+    add("sep", None, str, "column separator of --mode=csv; default: found from the first line")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="drop up to 1 %% unreadable rows, and say which")
+    add("data_url", None, str, "mirror to download the data set from")
+    add("cache_dir", None, str, "folder for parsed data; default: beside the data")
+
+
+def add_split_options(parser):
+    add = group(parser, "split of users")
+    add("random_seed", 222, count(0, 2**32 - 2), "seed of the split and of all sampling")
+    add("num_test_data", 1000, count(1), "number of test users, where --fold is -1")
+    add("fold", -1, count(-1), "test on this fold of --num_folds; -1 = draw --num_test_data users instead")
+    add("num_folds", 6, count(2), "number of folds that all users are dealt into")
+    add("val_size", 10**9, count(1), "validate on at most this many validation users")
+
+
+# -----------------------------------------------------------------------------
+# tasks, learner, inner loop, loss network
+
+
+def add_task_options(parser):
+    add = group(parser, "tasks")
+    add("max_seq_len", 30, count(2), "ratings of a user that are used: the target and the support before it")
+    add("num_samples", 1, count(1), "support windows a task; the first is the whole support")
+    add("min_sub_window_size", 2, count(1), "least ratings in a support window")
+    add("num_query_set", 5, count(1), "most queries a task in training; evaluation has one, the last rating")
+    add("full_support", 0.5, real(0, 1), "share of training tasks with all the support there is; others get a random part")
+    add("num_masks", 4, count(2), "BERT4Rec with rating input: each support rating is hidden in one of this many copies")
+
+
+def add_learner_options(parser):
+    add = group(parser, "learner")
+    add("model", "bert4rec", str, "sequence encoder", choices=["bert4rec", "sasrec", "narm", "gru4rec"])
+    add("head", "joint", str, "joint: effects, factors and sequence state; plain: the state alone", choices=["joint", "plain"])
+    add("use_rating_input", False, true_or_false, "let the encoder read ratings, not items alone")
+    add("num_factors", 16, count(1), "width of item factors and user vector (joint head)")
+    add("init_items", "als", str, "start of item effects and factors (joint head): matrix factorisation or random", choices=["als", "random"])
+    add("als_regularisation", 5.0, real(1e-6), "ridge of that factorisation")
+    add("model_init_seed", 5, count(0, 2**32 - 1), "seed of the initial weights")
+    add("bert_num_blocks", 2, count(1), "blocks of BERT4Rec and SASRec")
+    add("bert_num_heads", 4, count(1), "attention heads of BERT4Rec and SASRec")
+    add("bert_hidden_units", 32, count(1), "hidden size of BERT4Rec and SASRec")
+    add("bert_dropout", 0.0, real(0, 0.99), "dropout on the encoder's inputs and states, any learner")
+    add("narm_hidden_size", 32, count(1), "hidden size of NARM")
+    add("narm_n_layers", 1, count(1), "layers of each of NARM's encoders")
+    add("gru4rec_hidden_size", 32, count(1), "hidden size of GRU4Rec")
+    add("gru4rec_n_layers", 1, count(1), "layers of GRU4Rec")
+
+
+def add_inner_options(parser):
+    add = group(parser, "inner loop")
+    add("num_inner_steps", 5, count(1), "gradient steps on a user's support ratings")
+    add("adapt", "head", str, "what the steps move: the head's user parameters or everything", choices=["head", "all"])
+    add("inner_lr", 0.1, real(1e-9), "start of the inner rates, in units of the inverse curvature")
+    add("use_learnable_params", True, true_or_false, "learn the inner rates and dampings")
+    add("inner_rates", "element", str, "one learned rate and step per tensor or per element", choices=["tensor", "element"])
+    add("inner_damping", 4.0, real(0), "start of lambda in gradient / (n + lambda), in ratings; 0 = mean loss, not learned")
+    add("use_second_order", None, true_or_false, "differentiate through the steps; default: unless multi-step and adaptive loss are both off")
+    add("use_multi_step", True, true_or_false, "multi-step loss: queries are scored after every inner step, annealed to the last")
+    add("multi_step_loss_num_epochs", 200, count(1), "iterations over which the multi-step loss is annealed")
+
+
+def add_loss_options(parser):
+    add = group(parser, "task-adaptive loss")
+    add("use_adaptive_loss", True, true_or_false, "learn a loss per user (MELO); False: squared error (MAML)")
+    add("loss_network", "mlp", str, "what gives the weights", choices=["lstm", "mlp", "metal"])
+    add("normalize_loss", True, true_or_false, "scale the weights to mean 1 over a user's support")
+    add("use_step_loss", True, true_or_false, "a loss network of its own for each inner step (mlp, metal)")
+    add("loss_num_layers", 1, count(1), "hidden layers of the mlp")
+    add("lstm_hidden", 16, count(1), "hidden size of the loss network")
+    add("lstm_num_layers", 1, count(1), "layers of the lstm")
+    add("lstm_input_size", 5, count(2), "width of the embedded ratings of the lstm")
+    for name in ("loss", "predictions", "labels", "rating_mean", "rating_std", "num_samples"):
+        add(f"task_info_{name}", True, true_or_false, f"mlp and metal see {name.replace('_', ' ')}")
+
+
+# -----------------------------------------------------------------------------
+# outer loop, pretraining, runs
+
+
+def add_outer_options(parser):
+    add = group(parser, "outer loop")
+    add("num_train_iterations", 600, count(0), "meta-iterations")
+    add("batch_size", 128, count(1), "tasks an iteration")
+    add("task_chunk", 0, count(0), "tasks held in memory at once; 0 = all")
+    add("outer_lr", 3e-3, real(1e-9), "learning rate of the learner, falling as a cosine")
+    add("min_outer_lr", 1e-4, real(0), "its end; all other rates fall in proportion")
+    add("item_lr", 3e-4, real(0), "learning rate of item effects and factors")
+    add("learn_lr", 1e-2, real(0), "learning rate of the inner rates")
+    add("loss_lr", 1e-2, real(0), "learning rate of the mlp and metal loss networks")
+    add("task_info_lr", 1e-2, real(0), "learning rate of the metal loss's shift for the task")
+    add("lstm_lr", 1e-2, real(0), "learning rate of the lstm loss network")
+    add("weight_decay", 0.01, real(0), "decoupled weight decay of the encoder")
+    add("clip_norm", 5.0, real(1e-9), "largest norm of the meta-gradient")
+
+
+def add_pretrain_options(parser):
+    add = group(parser, "pretraining")
+    add("pretraining_batch_size", 128, count(1), "tasks an iteration of pretrain.py")
+    add("pretrain_epochs", 20, count(1), "passes over the training users, where --num_train_iterations is not given")
+    add("pretraining_lr", 3e-3, real(1e-9), "learning rate of pretrain.py")
+    add("load_pretrained_embedding", False, true_or_false, "start from the pretrained item tables")
+    add("load_pretrained", False, true_or_false, "start from all pretrained weights")
+    add("pretrain_log_dir", "./log_pretrained", str, "where pretrain.py keeps its runs")
+
+
+def add_run_options(parser):
+    add = group(parser, "run")
+    add("log_dir", "./log", str, "where main.py keeps its runs")
+    add("log_interval", 50, count(1), "iterations between validations")
+    add("checkpoint_step", -1, count(-1), "checkpoint for --test; -1 = the best of validation")
+    add("device", "auto", str, "where to compute", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--test", action="store_true", help="evaluate a checkpoint on the test users")
+    parser.add_argument("--test_baseline", action="store_true", help="with --test: the simple predictors beside it")
+
+
+def build_parser(description, *parts):
+    parser = Parser(description=description, allow_abbrev=False)
+    add = group(parser, "preset")
+    add("paper_form", False, true_or_false, "set all options below to the published method's; given ones still count")
+    for part in parts:
+        part(parser)
+    return parser
+
+
+ALL = (
+    add_data_options,
+    add_split_options,
+    add_task_options,
+    add_learner_options,
+    add_inner_options,
+    add_loss_options,
+    add_outer_options,
+    add_pretrain_options,
+    add_run_options,
+)
+
+
+def parse(description, argv=None):
+    """The options of main.py and pretrain.py; raises UserError for impossible ones."""
+    parser = build_parser(description, *ALL)
+    options = parser.parse_args(argv)
+    if options.paper_form:
+        parser.set_defaults(**PAPER_FORM)
+        options = parser.parse_args(argv)
+    check(options)
+    return options
+
+
+def check(options):
+    """Refuse impossible combinations, and settle the defaults that hang on other options."""
+    if options.model in ("bert4rec", "sasrec") and options.bert_hidden_units % options.bert_num_heads:
+        raise UserError(
+            f"--bert_hidden_units={options.bert_hidden_units} must be a multiple of --bert_num_heads={options.bert_num_heads}"
+        )
+    if options.fold >= options.num_folds:
+        raise UserError(f"--fold={options.fold} must be below --num_folds={options.num_folds}")
+    if options.min_sub_window_size >= options.max_seq_len:
+        raise UserError(f"--min_sub_window_size={options.min_sub_window_size} must be below --max_seq_len={options.max_seq_len}")
+    if options.min_outer_lr > options.outer_lr:
+        raise UserError(f"--min_outer_lr={options.min_outer_lr} must not be above --outer_lr={options.outer_lr}")
+    if options.use_second_order is None:
+        options.use_second_order = options.use_multi_step or options.use_adaptive_loss
+
+
+def method(options):
+    """The name of the method that the options describe: melo, maml or fomaml."""
+    if options.use_adaptive_loss:
+        return "melo"
+    return "maml" if options.use_second_order else "fomaml"

@@ -1,0 +1,228 @@
+"""From a table of ratings to batches of tasks: user splits, support windows, packing, task-local item tables.
+
+Everything here works on flat arrays, for all tasks of a batch at once. Shapes: T tasks, R rows of support,
+S positions in a row, Q queries, U distinct items of a task and one for padding.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from utils import UserError, random_stream
+
+
+class Tasks(NamedTuple):
+    """A batch of tasks as tensors; the first dimension of each is T. Item 0 and segment 0 are padding.
+
+    Rows hold windows of the user's support, several packed into one row and told apart by their segment.
+    A query is one item to be rated as the next one after the window `query_segment` of row 0.
+    """
+
+    table: torch.Tensor  # (T, U) catalogue numbers, 1-based, of the items that the task uses
+    items: torch.Tensor  # (T, R, S) places in the task's table
+    ratings: torch.Tensor  # (T, R, S) standardised ratings
+    segment: torch.Tensor  # (T, R, S) number of the window in its row, from 1
+    position: torch.Tensor  # (T, R, S) counted from the window's end, which is 1
+    known: torch.Tensor  # (T, R, S) whether the learner may read the rating
+    support: torch.Tensor  # (T, R, S) whether the position counts in the support loss
+    query_items: torch.Tensor  # (T, Q) places in the task's table
+    query_ratings: torch.Tensor  # (T, Q) standardised targets
+    query: torch.Tensor  # (T, Q) whether there is a query
+    query_last: torch.Tensor  # (T,) last position of the query's history in row 0; -1: no history
+
+
+class Sequences(NamedTuple):
+    """Users' ratings in time order on flat arrays; user u's are offsets[u]:offsets[u + 1]."""
+
+    offsets: np.ndarray  # (n_users + 1,)
+    items: np.ndarray  # (n,) catalogue numbers, 1-based
+    ratings: np.ndarray  # (n,) standardised
+
+
+def split_users(n_users, options):
+    """Split users, never ratings, into (train, validation, test), each an ascending array of user numbers.
+
+    Test users are drawn by `random_seed`, or are fold `fold` of `num_folds`; 15 % of the rest validate.
+    """
+    rng = np.random.RandomState(options.random_seed)
+    if options.fold >= 0:
+        if options.num_folds > n_users:
+            raise UserError(f"--num_folds={options.num_folds} is more than the {n_users} users; lower it")
+        test = np.array_split(rng.permutation(n_users), options.num_folds)[options.fold]
+    else:
+        if options.num_test_data > n_users - 2:
+            raise UserError(
+                f"--num_test_data={options.num_test_data} leaves too few of the {n_users} users to train and "
+                "validate on; lower it"
+            )
+        test = rng.choice(n_users, options.num_test_data, replace=False)
+    rest = np.setdiff1d(np.arange(n_users), test)
+    rest = np.random.RandomState([options.random_seed, 1]).permutation(rest)
+    n_train = min(max(1, round(0.85 * len(rest))), len(rest) - 1)
+    return np.sort(rest[:n_train]), np.sort(rest[n_train:]), np.sort(test)
+
+
+def standardise(ratings, train):
+    """`Ratings` as `Sequences`, with the mean and deviation of the training users' ratings: (sequences, mean, std)."""
+    of_train = np.repeat(np.isin(np.arange(len(ratings.user_ids)), train), np.diff(ratings.offsets))
+    values = ratings.values[of_train].astype(np.float64)
+    mean, std = float(values.mean()), float(values.std()) or 1.0
+    standard = ((ratings.values - mean) / std).astype(np.float32)
+    return Sequences(ratings.offsets, ratings.items.astype(np.int64) + 1, standard), mean, std
+
+
+def usable_users(sequences, users, min_support=1):
+    """Those of `users` with a target and at least `min_support` ratings before it."""
+    return users[np.diff(sequences.offsets)[users] > min_support]
+
+
+def sample_tasks(sequences, users, options, *stream):
+    """Draw `batch_size` training tasks; the same (random_seed, stream) draws the same tasks.
+
+    A task is a random stretch of a random user's sequence: its support is cut to a random length in half of the
+    tasks, and the one to `num_query_set` ratings that follow are the queries, each asked as the next one.
+    """
+    rng = random_stream(options.random_seed, *stream)
+    count, longest = options.batch_size, options.max_seq_len - 1
+    user = users[rng.integers(len(users), size=count)]
+    length = np.diff(sequences.offsets)[user]
+    n_query = np.minimum(rng.integers(1, options.num_query_set + 1, size=count), length - 1)
+    most = np.minimum(longest, length - n_query)
+    cut = rng.integers(1, most + 1)
+    n_support = np.where(rng.random(count) < options.full_support, most, cut)
+    start = sequences.offsets[user] + rng.integers(0, length - n_support - n_query + 1)
+    return build_tasks(sequences, start, n_support, n_query, options, rng)
+
+
+def last_tasks(sequences, users, options, shots=None):
+    """The evaluation tasks: each user's last rating is the target, the ratings before it the support.
+
+    `shots` keeps only that many of the most recent support ratings (the cold-start curve).
+    """
+    end = sequences.offsets[users + 1] - 1
+    longest = options.max_seq_len - 1 if shots is None else shots
+    n_support = np.minimum(end - sequences.offsets[users], longest)
+    return build_tasks(sequences, end - n_support, n_support, np.ones_like(end), options)
+
+
+def build_tasks(sequences, start, n_support, n_query, options, rng=None):
+    """Tasks whose support is `n_support` (T,) ratings from row `start` (T,) on, and whose queries the next `n_query`.
+
+    With `rng` the support windows are drawn at random; without, they are the same every time.
+    """
+    place = start[:, None] + n_support[:, None] + np.arange(n_query.max())
+    query = np.arange(n_query.max()) < n_query[:, None]
+    place = np.where(query, place, start[:, None])
+    query_items, query_ratings = sequences.items[place] * query, sequences.ratings[place] * query
+    return assemble(sequences, start, n_support, query_items, query_ratings, query, options, rng)
+
+
+def assemble(sequences, start, n_support, query_items, query_ratings, query, options, rng=None):
+    """`Tasks` from supports in `sequences` and given query items (T, Q), ratings (T, Q) and mask (T, Q)."""
+    window_start, window_length = support_windows(n_support, options, rng)
+    row, column = pack(window_length, max(1, n_support.max()))
+    shape = (len(start), row.max() + 1, max(1, (column + window_length).max()))
+
+    task, window, inside = positions(window_length)
+    source = start[task] + window_start[task, window] + inside
+    place = (task, row[task, window], column[task, window] + inside)
+    from_end = window_length[task, window] - inside
+    hidden = is_hidden(window, from_end, options)
+
+    def rows(values, dtype):
+        out = np.zeros(shape, dtype)
+        out[place] = values
+        return out
+
+    items = rows(sequences.items[source], np.int64)
+    table, slots = task_tables(np.concatenate([items.reshape(len(start), -1), query_items], axis=1))
+    split = items[0].size
+    arrays = Tasks(
+        table=table,
+        items=slots[:, :split].reshape(shape),
+        ratings=rows(sequences.ratings[source], np.float32),
+        segment=rows(window + 1, np.int64),
+        position=rows(from_end, np.int64),
+        known=rows(~hidden, bool),
+        support=rows(hidden if uses_cloze(options) else True, bool),
+        query_items=slots[:, split:],
+        query_ratings=query_ratings.astype(np.float32),
+        query=query,
+        query_last=n_support - 1,
+    )
+    return Tasks(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+
+
+def uses_cloze(options):
+    """Whether support ratings must be hidden to be predicted: a learner that reads ratings from both sides."""
+    return options.use_rating_input and options.model == "bert4rec"
+
+
+def is_hidden(window, from_end, options):
+    """Which positions of the masked copies are hidden: each position in one of `num_masks` copies, none in window 0."""
+    if not uses_cloze(options):
+        return np.zeros(len(window), bool)
+    return (window > 0) & (from_end % options.num_masks == (window - 1) % options.num_masks)
+
+
+def support_windows(n_support, options, rng=None):
+    """Up to `num_samples` distinct windows of each support: (start, length), each (T, W); length 0 is padding.
+
+    Window 0 is the whole support, which is also the history of the queries. Windows are numbered by falling
+    length, so number i lacks d = floor((sqrt(8 i + 1) - 1) / 2) ratings.
+    """
+    shortest = np.minimum(options.min_sub_window_size, np.maximum(n_support, 1))
+    kinds = n_support - shortest + 1
+    total = kinds * (kinds + 1) // 2
+    if rng is None or options.num_samples == 1:
+        chosen = np.minimum(options.num_samples, total)[:, None]
+        rank = np.arange(options.num_samples)
+        number = np.where(rank < chosen, rank * total[:, None] // np.maximum(chosen, 1), -1)
+    else:
+        keys = rng.random((len(n_support), max(options.num_samples, total.max())))
+        keys[:, 0] = -1
+        keys[np.arange(keys.shape[1]) >= total[:, None]] = 2
+        number = np.argsort(keys, axis=1)[:, : options.num_samples]
+        number = np.where(np.take_along_axis(keys, number, 1) < 2, number, -1)
+    if uses_cloze(options):
+        number = np.concatenate([number[:, :1], np.repeat(number, options.num_masks, axis=1)], axis=1)
+    lacking = ((np.sqrt(8 * np.maximum(number, 0) + 1) - 1) // 2).astype(np.int64)
+    length = np.where(number >= 0, n_support[:, None] - lacking, 0)
+    return np.maximum(number, 0) - lacking * (lacking + 1) // 2, length
+
+
+def pack(length, width):
+    """First-fit packing of windows (T, W) into rows of `width`, longest first: (row, column), each (T, W)."""
+    order = np.argsort(-length[:, 1:], axis=1, kind="stable") + 1
+    row, column = np.zeros_like(length), np.zeros_like(length)
+    used = np.zeros_like(length)
+    used[:, 0] = length[:, 0]
+    tasks = np.arange(len(length))
+    for window in order.T:
+        need = length[tasks, window]
+        first = np.argmax(used + need[:, None] <= width, axis=1)
+        row[tasks, window], column[tasks, window] = first, used[tasks, first]
+        used[tasks, first] += need
+    return row, column
+
+
+def positions(length):
+    """(task, window, place within the window) of every position of windows with `length` (T, W)."""
+    task, window = np.nonzero(length)
+    count = length[task, window]
+    inside = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    return np.repeat(task, count), np.repeat(window, count), inside
+
+
+def task_tables(items):
+    """Each task's distinct items (T, U), padding first, and the place of `items` (T, N) in them."""
+    items = np.concatenate([np.zeros((len(items), 1), items.dtype), items], axis=1)
+    order = np.argsort(items, axis=1, kind="stable")
+    ranked = np.take_along_axis(items, order, axis=1)
+    rank = np.cumsum(np.diff(ranked, axis=1, prepend=0) > 0, axis=1)
+    slots = np.empty_like(rank)
+    np.put_along_axis(slots, order, rank, axis=1)
+    table = np.zeros((len(items), rank.max() + 1), items.dtype)
+    np.put_along_axis(table, rank, ranked, axis=1)
+    return table, slots[:, 1:]

@@ -1,0 +1,52 @@
+"""BERT4Rec (Sun et al., CIKM 2019): a bidirectional transformer over the user's items."""
+
+import torch.nn.functional as F
+from torch import nn
+
+from models.layers import Attention, history_mask, query_mask
+
+
+class BERT4Rec(nn.Module):
+    """Encoder of `bert_num_blocks` post-norm blocks; every position of a window reads the whole window.
+
+    Where ratings are an input, the learner is trained as a cloze: it reads the ratings that are not hidden.
+    """
+
+    causal = False
+
+    def __init__(self, options):
+        super().__init__()
+        self.hidden = options.bert_hidden_units
+        self.position = nn.Embedding(options.max_seq_len, self.hidden)  # 0 is the query
+        self.norm = nn.LayerNorm(self.hidden)
+        self.blocks = nn.ModuleList(
+            BERTBlock(self.hidden, options.bert_num_heads) for _ in range(options.bert_num_blocks)
+        )
+        nn.init.normal_(self.position.weight, std=0.02)
+
+    def forward(self, history, query, tasks):
+        """history (R, S, D), query (Q, D) -> states of the same shapes."""
+        history = self.norm(history + self.position(tasks.position))
+        query = self.norm(query + self.position.weight[0])
+        masks = history_mask(tasks, causal=False), query_mask(tasks)
+        for block in self.blocks:
+            history, query = block(history, query, *masks)
+        return history, query
+
+
+class BERTBlock(nn.Module):
+    """Attention and a GELU network of width 4 D, each with a residual path and a norm behind it."""
+
+    def __init__(self, hidden, heads):
+        super().__init__()
+        self.attention = Attention(hidden, heads)
+        self.widen, self.narrow = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
+        self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+
+    def feed(self, x, attended):
+        x = self.norm1(x + attended)
+        return self.norm2(x + self.narrow(F.gelu(self.widen(x))))
+
+    def forward(self, history, query, mask, to_history):
+        to_h, to_q = self.attention(history, query, mask, to_history)
+        return self.feed(history, to_h), self.feed(query, to_q)

@@ -1,0 +1,121 @@
+"""Building blocks that the learners share. Everything works under `torch.func.vmap` and has second derivatives.
+
+Learners see two streams: histories (R, S, D), rows of one task's support windows, and queries (Q, D), candidate
+next items. A query reads the history in row 0 and itself; nothing reads a query. So a prediction depends neither
+on the other queries nor on their number, and a whole catalogue is scored in one pass.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def history_mask(tasks, causal):
+    """Which position (columns) each position (rows) may read: its own window, up to itself if causal. (R, S, S)"""
+    same = tasks.segment[..., :, None] == tasks.segment[..., None, :]
+    mask = same & (tasks.segment > 0)[..., None, :]
+    if causal:
+        steps = torch.arange(mask.shape[-1], device=mask.device)
+        mask = mask & (steps[:, None] >= steps)
+    return mask
+
+
+def query_mask(tasks):
+    """Which positions of row 0 the queries may read. (S,)"""
+    return torch.arange(tasks.items.shape[-1], device=tasks.items.device) <= tasks.query_last
+
+
+def masked_softmax(scores, mask):
+    """Softmax over the last dimension where `mask` holds; all zeros where it holds nowhere."""
+    scores = scores.masked_fill(~mask, -torch.inf)
+    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min).detach()
+    weights = (scores - top).exp()
+    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of histories on their windows and of queries on row 0 and themselves.
+
+    Written out, because the fused kernels have no second derivative.
+    """
+
+    def __init__(self, hidden, heads):
+        super().__init__()
+        self.heads = heads
+        self.project_in = nn.Linear(hidden, 3 * hidden)
+        self.project_out = nn.Linear(hidden, hidden)
+
+    def split(self, x):
+        """Queries, keys and values by head, each (..., heads, N, D / heads)."""
+        parts = self.project_in(x).unflatten(-1, (3, self.heads, -1))
+        return (part.transpose(-2, -3) for part in parts.unbind(-3))
+
+    def forward(self, history, query, mask, to_history):
+        """history (R, S, D), query (Q, D), mask (R, S, S), to_history (S,) -> the same two shapes."""
+        q, k, v = self.split(history)  # (R, H, S, d)
+        scale = q.shape[-1] ** -0.5
+        weights = masked_softmax(q @ k.transpose(-1, -2) * scale, mask[:, None])
+        history = (weights @ v).transpose(-2, -3).flatten(-2)
+
+        q, own_k, own_v = self.split(query)  # (H, Q, d)
+        scores = torch.cat([q @ k[0].transpose(-1, -2), (q * own_k).sum(-1, keepdim=True)], -1) * scale
+        mask = F.pad(to_history, (0, 1), value=True)
+        weights = masked_softmax(scores, mask)
+        query = (weights[..., :-1] @ v[0] + weights[..., -1:] * own_v).transpose(-2, -3).flatten(-2)
+        return self.project_out(history), self.project_out(query)
+
+
+class GRU(nn.Module):
+    """A gated recurrent unit over packed rows, with torch's equations and parameter layout.
+
+    The recurrence is written out: `nn.GRU` fails under vmap, and cuDNN's has no second derivative. The input
+    projection is done for all steps at once; the state is reset where a window starts.
+    """
+
+    def __init__(self, inputs, hidden):
+        super().__init__()
+        self.input = nn.Linear(inputs, 3 * hidden)
+        self.state = nn.Linear(hidden, 3 * hidden)
+        bound = hidden**-0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def step(self, gates, state):
+        """One step from projected inputs (..., 3 D) and the state before it (..., D)."""
+        reset_x, update_x, new_x = gates.chunk(3, -1)
+        reset_h, update_h, new_h = self.state(state).chunk(3, -1)
+        reset, update = torch.sigmoid(reset_x + reset_h), torch.sigmoid(update_x + update_h)
+        new = torch.tanh(new_x + reset * new_h)
+        return new + update * (state - new)
+
+    def forward(self, history, query, tasks):
+        """history (R, S, I), query (Q, I) -> states (R, S, D) and (Q, D); a query is one step after row 0's history."""
+        gates = self.input(history)
+        goes_on = continues(tasks)[..., None]
+        state = gates.new_zeros(gates.shape[:-2] + (gates.shape[-1] // 3,))
+        states = []
+        for t in range(gates.shape[-2]):
+            state = self.step(gates[..., t, :], state * goes_on[..., t, :])
+            states.append(state)
+        states = torch.stack(states, -2)
+        last = last_state(states, tasks).expand(query.shape[:-1] + (states.shape[-1],))
+        return states, self.step(self.input(query), last)
+
+
+def run_layers(layers, history, query, tasks):
+    """Both streams through a stack of recurrent layers."""
+    for layer in layers:
+        history, query = layer(history, query, tasks)
+    return history, query
+
+
+def continues(tasks):
+    """1 where a position continues the window of the position before it, else 0. (R, S)"""
+    same = tasks.segment[..., 1:] == tasks.segment[..., :-1]
+    return F.pad(same.to(tasks.ratings.dtype), (1, 0))
+
+
+def last_state(states, tasks):
+    """The state (D,) at the end of the queries' history, zero where there is none. states (R, S, D)"""
+    at_last = torch.arange(states.shape[-2], device=states.device) == tasks.query_last
+    return (states[0] * at_last[:, None]).sum(-2)

@@ -1,0 +1,112 @@
+"""The learner: item tables, one of four encoders, and the head that turns a state into a rating."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.bert4rec import BERT4Rec
+from models.gru4rec import GRU4Rec
+from models.layers import last_state
+from models.narm import NARM
+from models.sasrec import SASRec
+
+ENCODERS = {"bert4rec": BERT4Rec, "sasrec": SASRec, "narm": NARM, "gru4rec": GRU4Rec}
+TABLES = ("item_embedding", "item_effect", "item_factor")  # one row an item; row 0 is padding
+
+
+class Learner(nn.Module):
+    """Items (and ratings, with `use_rating_input`) in, one standardised rating per position out.
+
+    A position's own rating never reaches its prediction.
+    """
+
+    def __init__(self, n_items, options):
+        super().__init__()
+        generator = torch.Generator().manual_seed(options.model_init_seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.model_init_seed)
+            self.encoder = ENCODERS[options.model](options)
+            self.read_rating = ReadRating(self.encoder.hidden) if options.use_rating_input else None
+            self.head = JointHead(self.encoder.hidden, options.num_factors) if options.head == "joint" else PlainHead(self.encoder.hidden)
+        self.item_embedding = table(n_items, self.encoder.hidden, 0.02, generator)
+        if options.head == "joint":
+            self.item_effect = table(n_items, 1, 0.0, generator)
+            self.item_factor = table(n_items, options.num_factors, 0.1, generator)
+
+    def table_names(self):
+        return [name for name in TABLES if hasattr(self, name)]
+
+    def encode(self, tasks, tables):
+        """States of one task's positions (R, S, D) and queries (Q, D), without what the head adapts."""
+        history = F.embedding(tasks.items, tables["item_embedding"])
+        query = F.embedding(tasks.query_items, tables["item_embedding"])
+        if self.read_rating is not None:
+            history, query = self.read_rating(history, query, tasks, self.encoder.causal)
+        return self.encoder(history, query, tasks)
+
+    def forward(self, tasks, tables, states=None):
+        """Predictions of one task: (R, S) for its positions, (Q,) for its queries, in standard deviations."""
+        history, query = self.encode(tasks, tables) if states is None else states
+        return self.head(history, tasks.items, tables), self.head(query, tasks.query_items, tables)
+
+
+def table(n_items, width, std, generator):
+    """A trainable table (n_items + 1, width) whose padding row is zero."""
+    values = torch.randn(n_items + 1, width, generator=generator) * std
+    values[0] = 0
+    return nn.Parameter(values)
+
+
+class ReadRating(nn.Module):
+    """Adds known ratings to the inputs: a causal encoder gets the previous item's, a cloze its own."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.by_item = nn.Linear(hidden, hidden, bias=False)
+        self.by_value = nn.Linear(2, hidden)
+
+    def forward(self, history, query, tasks, causal):
+        values = torch.stack([tasks.ratings, torch.ones_like(tasks.ratings)], -1)
+        rated = tasks.ratings[..., None] * self.by_item(history) + self.by_value(values)
+        rated = rated * tasks.known[..., None]
+        if not causal:
+            return history + rated, query
+        same = (tasks.segment[..., 1:] == tasks.segment[..., :-1])[..., None]
+        return history + F.pad(rated[..., :-1, :] * same, (0, 0, 1, 0)), query + last_state(rated, tasks)
+
+
+class JointHead(nn.Module):
+    """item effect + user bias + item factor . (user vector + A state) + state weight . state.
+
+    User bias, user vector and state weight are what adapts to a user.
+    """
+
+    adapted = ("head.user_bias", "head.user_vector", "head.state_weight")
+
+    def __init__(self, hidden, factors):
+        super().__init__()
+        self.user_bias = nn.Parameter(torch.zeros(()))
+        self.user_vector = nn.Parameter(torch.zeros(factors))
+        self.state_weight = nn.Parameter(torch.zeros(hidden))
+        self.to_vector = nn.Linear(hidden, factors, bias=False)
+        nn.init.zeros_(self.to_vector.weight)
+
+    def forward(self, state, items, tables):
+        effect = F.embedding(items, tables["item_effect"])[..., 0]
+        factor = F.embedding(items, tables["item_factor"])
+        vector = self.user_vector + self.to_vector(state)
+        return effect + self.user_bias + (factor * vector).sum(-1) + state @ self.state_weight
+
+
+class PlainHead(nn.Module):
+    """The paper's head: a linear function of the state alone."""
+
+    adapted = ("head.weight", "head.bias")
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(hidden) * hidden**-0.5)
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, state, items, tables):
+        return state @ self.weight + self.bias

@@ -1,0 +1,183 @@
+"""The task-adaptive loss: how much each support rating of a user counts in the inner steps (MELO).
+
+A loss network is called once per inner step with one task's predictions and returns the loss of each position,
+(R, S). Weights are non-negative and have mean 1 over the task's support positions, so that weighting is not
+confounded with step size; a fresh network gives the identity weighting.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.layers import continues
+
+FEATURES = ("loss", "predictions", "labels", "rating_mean", "rating_std", "recency", "num_samples")
+
+
+def build(options, scale):
+    """The loss network that the options ask for, or None for the plain squared error.
+
+    `scale` is the lowest and highest rating in standard deviations from the mean.
+    """
+    if not options.use_adaptive_loss:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.model_init_seed)
+        return {"lstm": LSTMLoss, "mlp": MLPLoss, "metal": MetaLoss}[options.loss_network](options, scale)
+
+
+def user_statistics(tasks):
+    """Mean and deviation of the user's support ratings and their number, as scalars."""
+    counted = tasks.support.to(tasks.ratings.dtype)
+    total = counted.sum().clamp_min(1)
+    mean = (tasks.ratings * counted).sum() / total
+    std = ((tasks.ratings - mean).square() * counted).sum().div(total).add(1e-6).sqrt()
+    return mean, std, (tasks.query_last + 1).to(mean.dtype)
+
+
+def normalise(log_weight, support):
+    """exp(log_weight) scaled to mean 1 over the support positions, 0 elsewhere."""
+    log_weight = log_weight.masked_fill(~support, -torch.inf)
+    top = log_weight.amax().clamp_min(torch.finfo(log_weight.dtype).min).detach()
+    weight = (log_weight - top).exp()
+    return weight * support.sum() / weight.sum().clamp_min(1e-12)
+
+
+def task_features(tasks, prediction, options):
+    """What is known of each position, (R, S, F): see FEATURES; those switched off by --task_info_* are 0."""
+    mean, std, count = user_statistics(tasks)
+    longest = options.max_seq_len
+    by_name = {
+        "loss": (prediction - tasks.ratings).square(),
+        "predictions": prediction,
+        "labels": tasks.ratings,
+        "rating_mean": mean,
+        "rating_std": std,
+        "recency": tasks.position / longest,
+        "num_samples": count / longest,
+    }
+    used = [by_name[name] * float(getattr(options, f"task_info_{name}", True)) for name in FEATURES]
+    return torch.stack([value.expand(tasks.ratings.shape) for value in used], -1)
+
+
+class LSTMLoss(nn.Module):
+    """An LSTM with a learned start reads a window's embedded ratings; its states give the weights.
+
+    It sees ratings alone, so its weights are the same at every inner step and computed once a task.
+    """
+
+    def __init__(self, options, scale):
+        super().__init__()
+        hidden, inputs = options.lstm_hidden, options.lstm_input_size
+        self.register_buffer("centres", torch.linspace(*scale, inputs))
+        self.embed = nn.Linear(inputs, inputs)
+        widths = [inputs] + [hidden] * (options.lstm_num_layers - 1)
+        self.cells = nn.ModuleList(nn.Linear(width + hidden, 4 * hidden) for width in widths)
+        self.start = nn.Parameter(torch.zeros(options.lstm_num_layers, 2, hidden))
+        self.output = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        self.normalised = options.normalize_loss
+
+    def weights(self, tasks, prediction=None, step=None):
+        """Weight of each position (R, S)."""
+        # Bumps along the data's own scale take ratings of any scale, half stars included, without a table of values.
+        width = self.centres[1] - self.centres[0]
+        states = self.embed(torch.exp(-((tasks.ratings[..., None] - self.centres) / width).square()))
+        for cell, start in zip(self.cells, self.start, strict=True):
+            states = run_lstm(cell, start, states, continues(tasks))
+        log_weight = self.output(states)[..., 0]
+        return normalise(log_weight, tasks.support) if self.normalised else log_weight.exp() * tasks.support
+
+    def prepare(self, tasks):
+        return self.weights(tasks)
+
+    def forward(self, prepared, step, prediction, tasks):
+        return prepared * (prediction - tasks.ratings).square()
+
+
+def run_lstm(cell, start, inputs, goes_on):
+    """States (R, S, H) of an LSTM layer over packed rows; it starts anew, from `start` (2, H), with each window."""
+    state, memory = (row.expand(inputs.shape[:-2] + row.shape) for row in start)
+    states = []
+    for t in range(inputs.shape[-2]):
+        on = goes_on[..., t, None]
+        state, memory = start[0] + on * (state - start[0]), start[1] + on * (memory - start[1])
+        enter, forget, new, leave = cell(torch.cat([inputs[..., t, :], state], -1)).chunk(4, -1)
+        memory = torch.sigmoid(forget) * memory + torch.sigmoid(enter) * torch.tanh(new)
+        state = torch.sigmoid(leave) * torch.tanh(memory)
+        states.append(state)
+    return torch.stack(states, -2)
+
+
+class MLPLoss(nn.Module):
+    """An MLP per inner step on each position's statistics gives its weight."""
+
+    def __init__(self, options, scale):
+        super().__init__()
+        self.options = options
+        steps = options.num_inner_steps if options.use_step_loss else 1
+        self.networks = nn.ModuleList(mlp(len(FEATURES), options.lstm_hidden, options.loss_num_layers) for _ in range(steps))
+
+    def prepare(self, tasks):
+        return None
+
+    def weights(self, tasks, prediction, step):
+        """Weight of each position (R, S)."""
+        network = self.networks[min(step, len(self.networks) - 1)]
+        log_weight = network(task_features(tasks, prediction, self.options))[..., 0]
+        if self.options.normalize_loss:
+            return normalise(log_weight, tasks.support)
+        return log_weight.exp() * tasks.support
+
+    def forward(self, prepared, step, prediction, tasks):
+        weight = self.weights(tasks, prediction.detach(), step)
+        return weight * (prediction - tasks.ratings).square()
+
+
+def mlp(inputs, hidden, layers):
+    """`layers` hidden layers of tanh units and a linear output that starts at zero."""
+    parts = []
+    for layer in range(layers):
+        parts += [nn.Linear(inputs if layer == 0 else hidden, hidden), nn.Tanh()]
+    output = nn.Linear(hidden, 1)
+    nn.init.zeros_(output.weight)
+    nn.init.zeros_(output.bias)
+    return nn.Sequential(*parts, output)
+
+
+class MetaLoss(nn.Module):
+    """A learned loss per inner step, added to the squared error, whose own weights phi are shifted for the task:
+
+    phi' = (1 + m gamma) phi + q beta, where (gamma, beta) come from the task's mean features, and m, q start at 0
+    (MeTAL: Baik et al., ICCV 2021).
+    """
+
+    def __init__(self, options, scale):
+        super().__init__()
+        self.options = options
+        steps = options.num_inner_steps if options.use_step_loss else 1
+        hidden, inputs = options.lstm_hidden, len(FEATURES)
+        sizes = (inputs * hidden, hidden, hidden, 1)
+        self.sizes, self.hidden = sizes, hidden
+        phi = torch.randn(steps, sum(sizes)) * inputs**-0.5
+        phi[:, -hidden - 1 :] = 0
+        self.phi = nn.Parameter(phi)
+        self.shift = nn.ModuleList(nn.Linear(inputs, 2 * len(sizes)) for _ in range(steps))
+        self.gates = nn.Parameter(torch.zeros(steps, 2))  # m, q
+
+    def prepare(self, tasks):
+        return None
+
+    def forward(self, prepared, step, prediction, tasks):
+        step = min(step, len(self.phi) - 1)
+        features = task_features(tasks, prediction, self.options)
+        counted = tasks.support[..., None].to(features.dtype)
+        state = (features * counted).sum((0, 1)) / counted.sum().clamp_min(1)
+        gamma, beta = self.shift[step](state).chunk(2)
+        m, q = self.gates[step]
+        parts = self.phi[step].split(self.sizes)
+        first, bias, second, last = ((1 + m * g) * part + q * b for part, g, b in zip(parts, gamma, beta, strict=True))
+        inside = torch.tanh(features @ first.view(-1, self.hidden) + bias)
+        learned = F.softplus(inside @ second + last) - F.softplus(torch.zeros_like(last))
+        return ((prediction - tasks.ratings).square() + learned) * tasks.support
