@@ -1,0 +1,159 @@
+"""Every figure against a plain loop, a closed form or a simulation."""
+
+import math
+
+import numpy as np
+import pytest
+
+import metrics
+from utils import UserError
+
+LEVELS = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+
+
+def draw(seed, n=400):
+    """Targets, and two methods' predictions that share a part of their error."""
+    rng = np.random.default_rng(seed)
+    target = rng.choice(LEVELS, size=n, p=[0.05, 0.1, 0.2, 0.35, 0.3])
+    shared = rng.normal(0, 0.7, n)
+    return target, target + shared + rng.normal(0, 0.3, n), target + 0.9 * shared + rng.normal(0.1, 0.3, n)
+
+
+def squared_errors(seed, n=400):
+    target, first, second = draw(seed, n)
+    return target, (first - target) ** 2, (second - target) ** 2
+
+
+def test_score_equals_a_plain_loop():
+    target, prediction, _ = draw(0)
+    total = absolute = 0.0
+    for wanted, given in zip(target, prediction, strict=True):
+        error = min(max(given, 1.0), 5.0) - wanted
+        total, absolute = total + error * error, absolute + abs(error)
+    result = metrics.score(target, prediction, 1, 5, LEVELS)
+    assert result["n"] == 400
+    assert result["rmse"] == pytest.approx(math.sqrt(total / 400), abs=1e-12)
+    assert result["mae"] == pytest.approx(absolute / 400, abs=1e-12)
+
+
+def test_pooling_is_not_a_mean_of_batch_means():
+    errors = np.array([3.0, 0.0, 0.0, 0.0])
+    assert metrics.rmse(errors**2)[0] == 1.5  # two batches of two would average to 1.06
+    parts = [metrics.rmse(errors[half] ** 2)[0] for half in (slice(2), slice(2, 4))]
+    assert np.mean(parts) != pytest.approx(1.5)
+
+
+def test_standard_errors_in_closed_form():
+    squared = np.array([0.0, 2.0])  # mean 1, deviation sqrt(2), so the mean's standard error is 1
+    assert metrics.mean_with_error(squared) == (1.0, pytest.approx(1.0))
+    assert metrics.rmse(squared) == (1.0, pytest.approx(0.5))  # d sqrt(m) / dm = 1 / 2
+    assert metrics.rmse(np.zeros(3)) == (0.0, 0.0)
+    assert math.isnan(metrics.rmse(np.ones(1))[1])
+
+
+@pytest.mark.parametrize("figure", ["rmse", "mae", "macro_rmse"])
+def test_standard_errors_are_the_spread_over_repeated_samples(figure):
+    results = [metrics.score(*draw(seed)[:2], -99, 99, LEVELS) for seed in range(1, 401)]
+    spread = np.std([result[figure] for result in results], ddof=1)
+    assert np.mean([result[figure + "_se"] for result in results]) == pytest.approx(spread, rel=0.12)
+
+
+@pytest.mark.parametrize("name", ["compare", "compare_macro"])
+def test_intervals_of_paired_differences_cover_the_truth(name):
+    def compared(seed, n):
+        target, first, second = squared_errors(seed, n)
+        levels = (metrics.nearest_level(target, LEVELS),) if name == "compare_macro" else ()
+        return getattr(metrics, name)(first, second, *levels)
+
+    truth = compared(1, 2_000_000).difference
+    results = [compared(seed, 300) for seed in range(2, 602)]
+    covered = np.mean([result.low <= truth <= result.high for result in results])
+    assert 0.92 <= covered <= 0.975  # 0.95 with a standard error of .009, less what small levels cost
+
+
+def test_pairing_gives_a_narrower_interval_than_two_separate_errors():
+    _, first, second = squared_errors(0)
+    apart = math.hypot(metrics.mean_with_error(first)[1], metrics.mean_with_error(second)[1])
+    assert metrics.compare(first, second).standard_error < 0.7 * apart
+
+
+def test_compare_equals_a_plain_loop_and_is_antisymmetric():
+    _, first, second = squared_errors(0)
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    mean = sum(differences) / 400
+    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / 399 / 400)
+    result = metrics.compare(first, second)
+    assert result == pytest.approx(
+        (mean, error, mean / error, mean - 1.959964 * error, mean + 1.959964 * error)
+    )
+    there, back = metrics.compare(first, second), metrics.compare(second, first)
+    assert (back.difference, back.z, back.low) == pytest.approx((-there.difference, -there.z, -there.high))
+
+
+def test_comparison_of_a_method_with_itself_is_zero():
+    target, first, _ = squared_errors(0)
+    level = metrics.nearest_level(target, LEVELS)
+    for result in (metrics.compare(first, first), metrics.compare_macro(first, first, level)):
+        assert tuple(result) == (0, 0, 0, 0, 0)
+    assert metrics.compare(first + 1.0, first).z > 1e6
+
+
+def test_macro_rmse_equals_a_plain_loop_over_levels():
+    target, first, second = squared_errors(3)
+    roots, variances, gaps, gap_variances = [], [], [], []
+    for value in LEVELS:
+        rows = [i for i in range(400) if target[i] == value]
+        a, b = math.sqrt(np.mean(first[rows])), math.sqrt(np.mean(second[rows]))
+        roots.append(a)
+        variances.append(np.var(first[rows], ddof=1) / len(rows) / (4 * a * a))
+        gaps.append(a - b)
+        gap_variances.append(np.var(first[rows] / (2 * a) - second[rows] / (2 * b), ddof=1) / len(rows))
+    level = metrics.nearest_level(target, LEVELS)
+    assert metrics.macro_rmse(first, level) == pytest.approx((np.mean(roots), math.sqrt(sum(variances)) / 5))
+    result = metrics.compare_macro(first, second, level)
+    assert result[:2] == pytest.approx((np.mean(gaps), math.sqrt(sum(gap_variances)) / 5))
+    values, errors, counts = metrics.rmse_by_group(first, level, 5)
+    assert values == pytest.approx(roots) and errors**2 == pytest.approx(variances) and counts.sum() == 400
+
+
+def test_levels_without_targets_do_not_count_in_the_mean():
+    squared, level = np.array([1.0, 1.0, 9.0, 9.0]), np.array([0, 0, 4, 4])
+    assert metrics.macro_rmse(squared, level)[0] == 2.0
+    values, errors, counts = metrics.rmse_by_group(squared, level, 5)
+    assert np.isnan(values[1:4]).all() and np.isnan(errors[1:4]).all() and counts.tolist() == [2, 0, 0, 0, 2]
+    assert (values[0], values[4]) == (1.0, 3.0)
+
+
+def test_nearest_level_bins_a_fine_scale():
+    centres = np.arange(5.0, 100, 10)  # ten bins of [0, 100]
+    values = np.random.default_rng(0).uniform(0, 100, (7, 30))
+    assert np.array_equal(metrics.nearest_level(values, centres), (values // 10).astype(int))
+    assert metrics.nearest_level([0.5, 3.5], np.arange(0.5, 5.5, 0.5)).tolist() == [0, 6]
+
+
+def test_balance_score_in_closed_form():
+    values = np.array([[5, 5, 5, 5, 5], [1, 2, 3, 4, 5], [4, 5, 4, 5, 1], [0, 0, 0, 0, 0]], float)
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]], bool)
+    expected = [0, 1, math.log(2) / math.log(5), 0]
+    assert metrics.balance_score(values, mask, LEVELS) == pytest.approx(expected)
+    assert metrics.balance_score(values, mask, np.array([3.0])).tolist() == [0, 0, 0, 0]
+
+
+def test_balance_groups_have_equal_width():
+    assert metrics.balance_group([0, 0.19, 0.2, 0.5, 0.99, 1.0]).tolist() == [0, 0, 1, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("target", "prediction"),
+    [
+        ([1, 2], [1, np.nan]),
+        ([1, 2], [np.inf, 1]),
+        ([1, np.nan], [1, 1]),
+        ([1, 2], [1]),
+        ([], []),
+        ([[1]], [[1]]),
+    ],
+)
+def test_a_missing_prediction_is_an_error(target, prediction):
+    with pytest.raises(UserError):
+        metrics.score(target, prediction, 1, 5, LEVELS)
