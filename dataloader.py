@@ -95,12 +95,13 @@ def sample_tasks(sequences, users, options, *stream):
     return build_tasks(sequences, start, n_support, n_query, options, rng)
 
 
-def last_tasks(sequences, users, options, shots=None):
+def last_tasks(sequences, users, options, shots=None, back=0):
     """The evaluation tasks: each user's last rating is the target, the ratings before it the support.
 
-    `shots` keeps only that many of the most recent support ratings (the cold-start curve).
+    `shots` keeps only that many of the most recent support ratings (the cold-start curve); `back` leaves out that
+    many of the user's last ratings first.
     """
-    end = sequences.offsets[users + 1] - 1
+    end = sequences.offsets[users + 1] - 1 - back
     longest = options.max_seq_len - 1 if shots is None else shots
     n_support = np.minimum(end - sequences.offsets[users], longest)
     return build_tasks(sequences, end - n_support, n_support, np.ones_like(end), options)

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
+from models import loss_network
+from models.learner import Learner
+
 
 class InnerRates(nn.Module):
     """The inner learning rates alpha: one per tensor (or element) and step, positive because kept as logarithms.
@@ -70,7 +73,8 @@ def look_up(learner, tasks):
 
 
 def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
-    """Adapt to one task; its query predictions before the first and after each inner step, (K + 1, Q).
+    """Adapt to one task: query predictions before the first and after each inner step (K + 1, Q), and the support
+    predictions (R, S) that each step started from, a list of K.
 
     `tasks` is one task's slice of `dataloader.Tasks`, `tables` its item rows. Where the encoder stays as it is
     (--adapt=head), its states are computed once.
@@ -94,26 +98,27 @@ def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
             losses = (history - tasks.ratings).square()
         else:
             losses = loss_network(prepared, step, history, tasks)
-        return 0.5 * (losses * share).sum(), query
+        return 0.5 * (losses * share).sum(), (query, history)
 
-    queries = []
+    queries, histories = [], []
     for step in range(options.num_inner_steps):
-        gradients, query = grad(support_loss, has_aux=True)(fast, step)
+        gradients, (query, history) = grad(support_loss, has_aux=True)(fast, step)
         if not second_order:
             gradients = {name: gradient.detach() for name, gradient in gradients.items()}
         fast = {name: value - rates(name, step, count) * gradients[name] for name, value in fast.items()}
         queries.append(query)
-    return torch.stack([*queries, predict(fast)[1]])
+        histories.append(history)
+    return torch.stack([*queries, predict(fast)[1]]), histories
 
 
-def adapt_all(learner, loss_network, rates, tasks, options, second_order):
-    """`adapt` for all tasks of a batch at once: (T, K + 1, Q)."""
-    tables = look_up(learner, tasks)
-
-    def one(task, rows):
-        return adapt(learner, loss_network, rates, task, rows, options, second_order)
-
-    return vmap(one)(tasks, tables)
+def position_weights(network, step, history, tasks):
+    """Slope of each position's loss in its prediction, relative to the squared error's. (R, S)"""
+    if network is None:
+        return tasks.support.to(history.dtype)
+    # Off the exact rating, where both slopes vanish.
+    history = torch.where((history - tasks.ratings).abs() < 1e-3, tasks.ratings + 1e-3, history)
+    slope = grad(lambda predicted: network(network.prepare(tasks), step, predicted, tasks).sum())(history)
+    return slope / (2 * (history - tasks.ratings)) * tasks.support
 
 
 def step_weights(steps, iteration, horizon):
@@ -129,7 +134,61 @@ def step_weights(steps, iteration, horizon):
     return torch.tensor([early] * (steps - 1) + [last])
 
 
+def objective_weights(options, iteration):
+    """Weights of the query losses after 0..K inner steps in the meta objective, shape (K + 1,)."""
+    steps = options.num_inner_steps
+    if steps == 0:
+        return torch.ones(1)
+    horizon = options.multi_step_loss_num_epochs if options.use_multi_step else 0
+    return F.pad(step_weights(steps, iteration, horizon), (1, 0))
+
+
 def query_losses(predictions, tasks):
     """Squared error of each task's queries, averaged over them, per number of inner steps: (T, K + 1)."""
     errors = (predictions - tasks.query_ratings[:, None]).square() * tasks.query[:, None]
     return errors.sum(-1) / tasks.query.sum(-1, keepdim=True)
+
+
+class MetaLearner(nn.Module):
+    """All meta-parameters: the learner's initialisation, the inner rates and the loss network.
+
+    With `num_inner_steps=0` it is the plain learner (Basic), which does not adapt.
+    """
+
+    def __init__(self, n_items, options, scale, item_counts=None, start=None):
+        """`scale` is (mean, std, low, high) of the ratings; `start`, item effects (n,) and factors (n, k) in std."""
+        super().__init__()
+        self.options = options
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
+        self.learner = Learner(n_items, options)
+        if start is not None:
+            self.learner.start_items(*start)
+        self.rates = InnerRates(self.learner, options, item_counts)
+        mean, std, low, high = scale
+        self.loss_network = loss_network.build(options, ((low - mean) / std, (high - mean) / std))
+
+    def forward(self, tasks, second_order=False):
+        """Standardised query predictions after 0..K inner steps, all tasks at once: (T, K + 1, Q)."""
+
+        def one(task, rows):
+            return adapt(self.learner, self.loss_network, self.rates, task, rows, self.options, second_order)[0]
+
+        return vmap(one)(tasks, look_up(self.learner, tasks))
+
+    def explain(self, tasks):
+        """Query predictions as `forward` gives them, and the weight of each support rating at each step (T, K, R, S).
+
+        A weight is the slope of the rating's loss over that of the squared error: 1 everywhere without loss network.
+        """
+
+        def one(task, rows):
+            queries, histories = adapt(self.learner, self.loss_network, self.rates, task, rows, self.options, False)
+            weights = [position_weights(self.loss_network, step, h, task) for step, h in enumerate(histories)]
+            return queries, torch.stack(weights) if weights else task.ratings[None][:0]
+
+        return vmap(one)(tasks, look_up(self.learner, tasks))
+
+    def to_rating(self, standardised):
+        """Standardised predictions on the data's own scale, clipped to it, as float64."""
+        mean, std, low, high = self.scale
+        return (standardised.double() * std + mean).clamp(low, high)

@@ -27,6 +27,7 @@ PAPER_FORM = {
     "num_train_iterations": 2000,
     "outer_lr": 1e-3,
     "min_outer_lr": 1e-4,
+    "embedding_lr": 1e-3,
     "item_lr": 1e-3,
     "learn_lr": 1e-3,
     "loss_lr": 1e-2,
@@ -36,6 +37,10 @@ PAPER_FORM = {
     "gru4rec_n_layers": 2,
     "pretrain_epochs": 100,
 }
+
+
+# Chosen on validation users of each data set; see results/EXPERIMENTS.md.
+DATA_DEFAULTS = {}
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,7 +119,8 @@ def add_split_options(parser):
     add("num_test_data", 1000, count(1), "number of test users, where --fold is -1")
     add("fold", -1, count(-1), "test on this fold of --num_folds; -1 = draw --num_test_data users instead")
     add("num_folds", 6, count(2), "number of folds that all users are dealt into")
-    add("val_size", 10**9, count(1), "validate on at most this many validation users")
+    add("val_size", 1000, count(1), "validate on at most this many validation users")
+    add("val_targets", 5, count(1), "last ratings of each validation user that are targets")
 
 
 # -----------------------------------------------------------------------------
@@ -188,11 +194,13 @@ def add_outer_options(parser):
     add("task_chunk", 0, count(0), "tasks held in memory at once; 0 = all")
     add("outer_lr", 3e-3, real(1e-9), "learning rate of the learner, falling as a cosine")
     add("min_outer_lr", 1e-4, real(0), "its end; all other rates fall in proportion")
+    add("embedding_lr", 3e-4, real(0), "learning rate of the encoder's item embeddings")
     add("item_lr", 3e-4, real(0), "learning rate of item effects and factors")
     add("learn_lr", 1e-2, real(0), "learning rate of the inner rates")
     add("loss_lr", 1e-2, real(0), "learning rate of the mlp and metal loss networks")
     add("task_info_lr", 1e-2, real(0), "learning rate of the metal loss's shift for the task")
     add("lstm_lr", 1e-2, real(0), "learning rate of the lstm loss network")
+    add("warmup", 50, count(1), "iterations over which all rates rise")
     add("weight_decay", 0.01, real(0), "decoupled weight decay of the encoder")
     add("clip_norm", 5.0, real(1e-9), "largest norm of the meta-gradient")
 
@@ -211,6 +219,10 @@ def add_run_options(parser):
     add = group(parser, "run")
     add("log_dir", "./log", str, "where main.py keeps its runs")
     add("log_interval", 50, count(1), "iterations between validations")
+    add("checkpoint_minutes", 5.0, real(0), "minutes between checkpoints to go on from")
+    add("keep_checkpoints", 3, count(1), "how many of these are kept beside the best")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
     add("checkpoint_step", -1, count(-1), "checkpoint for --test; -1 = the best of validation")
     add("device", "auto", str, "where to compute", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--test", action="store_true", help="evaluate a checkpoint on the test users")
@@ -239,15 +251,48 @@ ALL = (
 )
 
 
-def parse(description, argv=None):
-    """The options of main.py and pretrain.py; raises UserError for impossible ones."""
+def parse(description, argv=None, **defaults):
+    """The options of main.py; `defaults` replaces some defaults. UserError for impossible ones."""
     parser = build_parser(description, *ALL)
+    parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
-    if options.paper_form:
-        parser.set_defaults(**PAPER_FORM)
-        options = parser.parse_args(argv)
+    preset = {**DATA_DEFAULTS.get(options.mode, {}), **(PAPER_FORM if options.paper_form else {})}
+    parser.set_defaults(**preset, **defaults)
+    options = parser.parse_args(argv)
     check(options)
     return options
+
+
+def parse_pretrain(description, argv=None):
+    """The options of pretrain.py: those of a learner without inner steps, in the pretraining's folder."""
+    options = parse(description, argv, use_adaptive_loss=False)
+    options.num_inner_steps, options.use_multi_step, options.use_adaptive_loss = 0, False, False
+    options.use_second_order = False
+    options.outer_lr = options.pretraining_lr
+    options.batch_size, options.log_dir = options.pretraining_batch_size, options.pretrain_log_dir
+    return options
+
+
+def restore(stored, given, source):
+    """A checkpoint's own options as a Namespace, with those in `given` replaced; UserError where they make no sense."""
+    known = vars(build_parser("", *ALL).parse_args([]))
+    if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
+        raise UserError(f"{source} holds no options: use another checkpoint")
+    if odd := sorted(known.keys() ^ stored.keys()):
+        raise UserError(f"{source} was written by another version ({', '.join(odd)} differ): train again")
+    options = argparse.Namespace(**{**stored, **given})
+    wrong = [name for name, value in known.items() if value is not None and not same_kind(value, stored[name])]
+    if wrong:
+        raise UserError(f"{source} holds a wrong value for {', '.join(wrong)}: use another checkpoint")
+    check(options)
+    return options
+
+
+def same_kind(value, other):
+    """Whether both are numbers, both truth values, or both text."""
+    if isinstance(value, bool) or isinstance(other, bool):
+        return isinstance(value, bool) and isinstance(other, bool)
+    return isinstance(other, (int, float) if isinstance(value, int | float) else type(value))
 
 
 def check(options):

@@ -3,6 +3,7 @@
 import sys
 
 import numpy as np
+import torch
 
 
 class UserError(Exception):
@@ -21,3 +22,10 @@ def run_script(main):
 def random_stream(seed, *stream):
     """A NumPy generator of its own for each (seed, stream...): nothing reads global random state."""
     return np.random.default_rng([seed, *stream])
+
+
+def choose_device(name):
+    """The torch device of `--device`; auto takes the GPU where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: torch finds no GPU here; use --device=cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -33,7 +33,14 @@ class Learner(nn.Module):
             self.item_effect = table(n_items, 1, 0.0, generator)
             self.item_factor = table(n_items, options.num_factors, 0.1, generator)
 
+    def start_items(self, effect, factor):
+        """Start item effects (n_items,) and factors (n_items, k) from these, in standard deviations."""
+        with torch.no_grad():
+            self.item_effect[1:, 0] = torch.as_tensor(effect)
+            self.item_factor[1:] = torch.as_tensor(factor)
+
     def table_names(self):
+        """Names of the tables that this learner has."""
         return [name for name in TABLES if hasattr(self, name)]
 
     def encode(self, tasks, tables):

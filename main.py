@@ -1,0 +1,34 @@
+"""Meta-train a sequential recommender that adapts to new users, or test what was trained.
+
+    python main.py                                                      # MELO on MovieLens-1M
+    python main.py --use_adaptive_loss=False                            # MAML
+    python main.py --use_multi_step=False --use_adaptive_loss=False     # FO-MAML: first order
+    python main.py --mode=sample --num_train_iterations=200             # the bundled sample: under a minute on a laptop
+    python main.py --test                                               # the best checkpoint on the test users
+
+The run is kept in <log_dir>/<mode>-<model>-<method>/; the same options with --test find it there.
+"""
+
+import options
+import runs
+import testing
+import training
+from utils import choose_device, run_script
+
+
+def main(argv=None):
+    opts = options.parse(__doc__, argv)
+    folder = runs.run_folder(opts.log_dir, opts.mode, opts.model, options.method(opts))
+    if opts.test:
+        return testing.test(folder, opts)
+
+    problem = training.load_problem(opts)
+    system = training.build_system(problem, opts)
+    if opts.load_pretrained or opts.load_pretrained_embedding:
+        testing.load_pretrained(system, problem, opts)
+    system.to(choose_device(opts.device))
+    return training.fit(system, problem, opts, folder)
+
+
+if __name__ == "__main__":
+    run_script(main)

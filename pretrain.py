@@ -1,0 +1,30 @@
+"""Train the plain learner (Basic): no inner steps, no adaptation. Its weights can start main.py.
+
+    python pretrain.py                              # plain BERT4Rec on MovieLens-1M
+    python pretrain.py --test                       # the best checkpoint on the test users main.py is tested on
+    python main.py --load_pretrained=True           # start meta-training from it
+    python main.py --load_pretrained_embedding=True # start from its item tables alone
+
+The run is kept in <pretrain_log_dir>/<mode>-<model>-basic/.
+"""
+
+import options
+import runs
+import testing
+import training
+from utils import choose_device, run_script
+
+
+def main(argv=None):
+    opts = options.parse_pretrain(__doc__, argv)
+    folder = runs.run_folder(opts.log_dir, opts.mode, opts.model, "basic")
+    if opts.test:
+        return testing.test(folder, opts)
+
+    problem = training.load_problem(opts)
+    system = training.build_system(problem, opts).to(choose_device(opts.device))
+    return training.fit(system, problem, opts, folder)
+
+
+if __name__ == "__main__":
+    run_script(main)

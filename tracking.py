@@ -1,0 +1,88 @@
+"""What a run shows: its progress bar, its lines in a log file, its TensorBoard events."""
+
+import sys
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import dataloader
+import maml
+import metrics
+
+
+def open_log(run):
+    """A TensorBoard writer in the run's folder; a run that goes on replaces the points behind its checkpoint."""
+    begun = run.loop["validated"] >= 0
+    log = SummaryWriter(str(run.folder), purge_step=run.loop["iteration"] + 1 if begun else None)
+    if not begun:
+        rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(run.options).items()))
+        log.add_text("options", f"| option | value |\n|---|---|\n{rows}")
+    return log
+
+
+def progress(run):
+    """A progress bar on a terminal; elsewhere nothing, since `log_validation` prints a line each time."""
+    options = run.options
+    return tqdm(
+        total=options.num_train_iterations,
+        initial=run.loop["iteration"],
+        desc=run.folder.name,
+        unit="it",
+        dynamic_ncols=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def log_validation(run, log, bar, scored):
+    """Log the losses since the last validation, the validation figures, and what was learned."""
+    loop, iteration = run.loop, run.loop["iteration"]
+    errors = scored.prediction - scored.target
+    (rmse, _), (mae, _) = metrics.rmse(errors**2), metrics.mean_with_error(abs(errors))
+    std = run.problem.std
+    if loop["since"]:
+        before, after, norm = (total / loop["since"] for total in loop["sums"])
+        log.add_scalar("train/loss", after, iteration)
+        log.add_scalar("train/rmse", std * after**0.5, iteration)
+        log.add_scalar("train/rmse_unadapted", std * before**0.5, iteration)
+        log.add_scalar("train/gradient_norm", norm, iteration)
+        bar.set_postfix(loss=f"{after:.4f}", val_rmse=f"{rmse:.4f}")
+    log.add_scalar("validation/loss", float((errors**2).mean()) / std**2, iteration)
+    log.add_scalar("validation/rmse", rmse, iteration)
+    log.add_scalar("validation/mae", mae, iteration)
+    log.add_scalar("validation/rmse_unadapted", metrics.rmse((scored.unadapted - scored.target) ** 2)[0], iteration)
+    log.add_scalar("charts/iterations_per_second", iteration / max(loop["seconds"], 1e-9), iteration)
+    for group in run.optimizer.param_groups:
+        log.add_scalar(f"learning_rate/{group['name']}", group["lr"], iteration)
+    log_learned(run, log)
+    if bar.disable:
+        shown = f"loss {loop['sums'][1] / loop['since']:.4f}  " if loop["since"] else ""
+        print(f"iteration {iteration:6d}  {shown}validation RMSE {rmse:.4f}  {loop['seconds']:.0f} s", flush=True)
+
+
+def log_learned(run, log):
+    """Log inner rates by tensor and step, step weights, and the weight given to each rating value."""
+    options, iteration = run.options, run.loop["iteration"]
+    for name, rates in run.system.rates.log_rate.items():
+        for step, rate in enumerate(rates.detach().exp()):
+            log.add_scalar(f"inner_rate/{name.replace('/', '.')}/step_{step + 1}", rate.mean().item(), iteration)
+    for step, weight in enumerate(maml.objective_weights(options, iteration)[1:].tolist()):
+        log.add_scalar(f"step_weight/step_{step + 1}", weight, iteration)
+    if options.use_adaptive_loss:
+        for level, weight in zip(run.problem.ratings.levels, weight_by_level(run), strict=True):
+            if np.isfinite(weight):
+                log.add_scalar(f"rating_weight/{level:g}", weight, iteration)
+
+
+@torch.no_grad()
+def weight_by_level(run, most_users=256):
+    """Mean weight that the loss network gives to each rating level over validation users; nan where none has it."""
+    users = run.problem.validation[:most_users]
+    tasks = dataloader.last_tasks(run.problem.sequences, users, run.options)
+    device = run.system.scale.device
+    tasks = dataloader.Tasks(*(tensor.to(device) for tensor in tasks))
+    weights = run.system.explain(tasks)[1].mean(1)[tasks.support].cpu().numpy()
+    values = run.system.to_rating(tasks.ratings[tasks.support]).cpu().numpy()
+    level = metrics.nearest_level(values, run.problem.ratings.levels)
+    return [weights[level == i].mean() if (level == i).any() else np.nan for i in range(len(run.problem.ratings.levels))]

@@ -1,0 +1,286 @@
+"""What main.py and pretrain.py share: the data of a run, the loop that trains, evaluation on users.
+
+The random draws of iteration i come from streams seeded by (random_seed, i), so that a run that goes on from a
+checkpoint sees what it would have seen.
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import baselines
+import dataloader
+import datasets
+import maml
+import metrics
+import runs
+import tracking
+from utils import UserError
+
+
+class Problem(NamedTuple):
+    """The ratings, who is trained, validated and tested on, and the training ratings' mean and deviation."""
+
+    ratings: datasets.Ratings
+    sequences: dataloader.Sequences
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    mean: float
+    std: float
+
+
+def load_problem(options):
+    """Read the ratings and split their users; users without any support rating are left out of train and test."""
+    ratings = datasets.load_ratings(options)
+    train, validation, test = dataloader.split_users(len(ratings.user_ids), options)
+    sequences, mean, std = dataloader.standardise(ratings, train)
+    usable = [dataloader.usable_users(sequences, users) for users in (train, validation, test)]
+    if not all(len(users) for users in usable):
+        raise UserError("the split leaves no users to train, validate or test on; lower --num_test_data or the filters")
+    return Problem(ratings, sequences, *usable, mean, std)
+
+
+def build_system(problem, options, factorise=True):
+    """A fresh `maml.MetaLearner`; with `factorise`, --init_items=als starts its item tables from the training users."""
+    ratings, start, counts = problem.ratings, None, None
+    if factorise and options.head == "joint" and options.init_items == "als":
+        _, effect, factor = baselines.factorise(
+            ratings, problem.train, options.num_factors, options.als_regularisation, seed=options.model_init_seed
+        )
+        start = effect / problem.std, factor / problem.std
+        of_train = np.repeat(np.isin(np.arange(len(ratings.user_ids)), problem.train), np.diff(ratings.offsets))
+        counts = torch.from_numpy(np.bincount(ratings.items[of_train], minlength=len(ratings.item_ids))).float()
+    scale = (problem.mean, problem.std, ratings.low, ratings.high)
+    return maml.MetaLearner(len(ratings.item_ids), options, scale, counts, start)
+
+
+def load_parameters(system, state, source):
+    """Load a state dictionary; UserError where it is not of this model and these sizes."""
+    try:
+        system.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{source} does not fit its own options (other names or sizes): use another checkpoint") from error
+
+
+# -----------------------------------------------------------------------------
+# evaluation
+
+
+class Scored(NamedTuple):
+    """Predictions of users' targets, all of shape (n,)."""
+
+    user: np.ndarray  # user numbers
+    item: np.ndarray  # item numbers of the targets
+    support: np.ndarray  # number of support ratings
+    target: np.ndarray  # the ratings
+    prediction: np.ndarray  # on the data's scale, clipped to it
+    unadapted: np.ndarray  # the same before the first inner step
+
+
+@torch.no_grad()
+def predict(system, tasks, chunk=256):
+    """Predicted ratings (T, K + 1) of each task's single query after 0..K inner steps, float64 on the data's scale."""
+    parts = [system(move(tasks, system, i, i + chunk))[..., 0] for i in range(0, len(tasks.table), chunk)]
+    return system.to_rating(torch.cat(parts)).cpu().numpy()
+
+
+def move(tasks, system, first=None, end=None):
+    """The tasks first..end on the device of the system."""
+    device = system.scale.device
+    return dataloader.Tasks(*(tensor[first:end].to(device, non_blocking=True) for tensor in tasks))
+
+
+def evaluate(system, problem, users, shots=None, num_targets=1):
+    """`Scored` for the last rating of each user, or the last `num_targets`, each with the ratings before it as support.
+
+    `shots` limits the support to the most recent ratings.
+    """
+    sequences, parts = problem.sequences, []
+    for back in range(num_targets):
+        users = users[sequences.offsets[users + 1] - sequences.offsets[users] > back + 1]
+        tasks = dataloader.last_tasks(sequences, users, system.options, shots, back)
+        at = sequences.offsets[users + 1] - 1 - back
+        predictions = predict(system, tasks)
+        target = problem.ratings.values[at].astype(np.float64)
+        support = tasks.query_last.numpy() + 1
+        parts.append((users, problem.ratings.items[at], support, target, predictions[:, -1], predictions[:, 0]))
+    return Scored(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+# -----------------------------------------------------------------------------
+# training
+
+
+def parameter_groups(system, options):
+    """Parameters by the learning rate they have, each group with its name."""
+    learner, loss = system.learner, system.loss_network
+    tables = [learner.get_parameter(name) for name in learner.table_names()]
+    items = [table for table in tables if table is not learner.item_embedding]
+    own = {id(table) for table in tables}
+    groups = [
+        {"name": "encoder", "params": [p for p in learner.parameters() if id(p) not in own], "lr": options.outer_lr},
+        {"name": "embedding", "params": [learner.item_embedding], "lr": options.embedding_lr},
+        {"name": "items", "params": items, "lr": options.item_lr},
+        {"name": "rates", "params": [p for p in system.rates.parameters() if p.requires_grad], "lr": options.learn_lr},
+    ]
+    if loss is not None:
+        loss_rate = options.lstm_lr if options.loss_network == "lstm" else options.loss_lr
+        shift = list(loss.shift.parameters()) if options.loss_network == "metal" else []
+        moved = {id(p) for p in shift}
+        groups += [
+            {"name": "loss", "params": [p for p in loss.parameters() if id(p) not in moved], "lr": loss_rate},
+            {"name": "task_info", "params": shift, "lr": options.task_info_lr},
+        ]
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+        group["weight_decay"] = options.weight_decay if group["name"] == "encoder" else 0.0
+    return [group for group in groups if group["params"]]
+
+
+def anneal(options, iteration):
+    """The factor on all learning rates: a short rise, then a cosine from 1 to min_outer_lr / outer_lr."""
+    end = options.min_outer_lr / options.outer_lr
+    done = iteration / max(1, options.num_train_iterations)
+    return min(1.0, (iteration + 1) / options.warmup) * (end + (1 - end) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def train_step(system, optimizer, tasks, options, iteration):
+    """One outer step: (mean query loss before adapting, after it, norm of the meta-gradient).
+
+    Raises FloatingPointError, with the parameters as they were, where any of them is not finite.
+    """
+    weights = maml.objective_weights(options, iteration).to(system.scale.device)
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros(options.num_inner_steps + 1, device=system.scale.device)
+    chunk = options.task_chunk or len(tasks.table)
+    for i in range(0, len(tasks.table), chunk):
+        part = dataloader.Tasks(*(tensor[i : i + chunk] for tensor in tasks))
+        losses = maml.query_losses(system(part, options.use_second_order), part).sum(0) / len(tasks.table)
+        (losses * weights).sum().backward()
+        total += losses.detach()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
+    figures = torch.stack([total[0], total[-1], norm]).tolist()
+    if not all(map(math.isfinite, figures)):
+        raise FloatingPointError(
+            f"iteration {iteration}: query loss {figures[1]:g}, norm of the meta-gradient {figures[2]:g}"
+        )
+    optimizer.step()
+    return figures
+
+
+class Run(NamedTuple):
+    """What the loop works on: constant through a run, but for what `loop` holds."""
+
+    system: maml.MetaLearner
+    problem: Problem
+    options: object
+    folder: Path
+    optimizer: torch.optim.Optimizer
+    loop: dict  # all that changes beside parameters and optimizer; goes into checkpoints
+
+
+def fit(system, problem, options, folder):
+    """Train in a run's folder until the last iteration or a signal; the exit status: 0, 130 or 143.
+
+    Checkpoints hold all that going on needs: parameters, optimizer, loop state, id maps, scale, options.
+    """
+    optimizer = torch.optim.AdamW(parameter_groups(system, options))
+    run = Run(system, problem, options, folder, optimizer, new_loop())
+    with runs.lock_folder(folder), runs.Interruption() as stop:
+        start(run)
+        log, bar = tracking.open_log(run), tracking.progress(run)
+        clock = time.monotonic() - run.loop["seconds"]
+        saved = time.monotonic()
+        while True:
+            iteration = run.loop["iteration"]
+            last = iteration >= options.num_train_iterations
+            run.loop["seconds"] = time.monotonic() - clock
+            if run.loop["validated"] != iteration and (last or iteration % options.log_interval == 0):
+                validate(run, log, bar)
+            if last or stop.requested or time.monotonic() - saved > 60 * options.checkpoint_minutes:
+                save(run)
+                saved = time.monotonic()
+            if last or stop.requested:
+                break
+            train_iteration(run)
+            bar.update()
+        bar.close()
+        log.close()
+    if stop.requested:
+        print(f"stopped after iteration {run.loop['iteration']}; the same command with --resume goes on", file=sys.stderr)
+    return stop.exit_code
+
+
+def new_loop():
+    """The loop state of a run that begins."""
+    best = {"best_rmse": math.inf, "best_iteration": 0}
+    return {"iteration": 0, "validated": -1, "seconds": 0.0, "since": 0, "sums": [0.0, 0.0, 0.0], **best}
+
+
+def start(run):
+    """Begin in an empty folder, or with --resume go on from its newest whole checkpoint."""
+    state = runs.load_newest(run.folder) if run.options.resume else None
+    if state is None:
+        runs.start_anew(run.folder, run.options.overwrite)
+        runs.write_config(run.folder, {"options": run.options, "fingerprint": run.problem.ratings.fingerprint})
+        return
+    runs.check_fingerprint(state["fingerprint"], run.problem.ratings.fingerprint, run.folder)
+    runs.check_resume(state["options"], run.options)
+    runs.warn_versions(runs.read_config(run.folder))
+    load_parameters(run.system, state["system"], run.folder)
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.loop.update(state["loop"])
+
+
+def save(run, best=False):
+    """Write a checkpoint of the run."""
+    ratings = run.problem.ratings
+    state = {
+        "system": run.system.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "loop": run.loop,
+        "options": runs.as_stored(run.options),
+        "fingerprint": ratings.fingerprint,
+        "item_ids": ratings.item_ids.tolist(),
+        "levels": ratings.levels.tolist(),
+    }
+    iteration = run.loop["iteration"]
+    if best:
+        runs.save_best(run.folder, iteration, state)
+    else:
+        runs.save_checkpoint(run.folder, iteration, state, run.options.keep_checkpoints)
+
+
+def train_iteration(run):
+    """Draw the iteration's tasks and take one outer step."""
+    iteration, options = run.loop["iteration"], run.options
+    factor = anneal(options, iteration)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    tasks = dataloader.sample_tasks(run.problem.sequences, run.problem.train, options, iteration)
+    figures = train_step(run.system, run.optimizer, move(tasks, run.system), options, iteration)
+    run.loop["sums"] = [total + figure for total, figure in zip(run.loop["sums"], figures, strict=True)]
+    run.loop["since"] += 1
+    run.loop["iteration"] += 1
+
+
+def validate(run, log, bar):
+    """Score the validation users, log, and keep the best checkpoint."""
+    loop, options = run.loop, run.options
+    users = run.problem.validation[: options.val_size]
+    scored = evaluate(run.system, run.problem, users, num_targets=options.val_targets)
+    error, _ = metrics.rmse((scored.prediction - scored.target) ** 2)
+    loop["validated"] = loop["iteration"]
+    if better := error < loop["best_rmse"]:
+        loop["best_rmse"], loop["best_iteration"] = error, loop["iteration"]
+    tracking.log_validation(run, log, bar, scored)
+    loop["sums"], loop["since"] = [0.0, 0.0, 0.0], 0
+    if better:
+        save(run, best=True)
