@@ -1,116 +1,179 @@
-"""Rating files of any layout -> one table of users' ratings in time order.
+"""A data set -> one table of users' ratings in time order: download, filters, ids, scale, cache.
 
-Every reader leads to the same four columns: user, item, rating, time. Files are read in blocks of whole lines:
-pandas' C parser takes a block that is clean, and a careful reader takes one that is not and says which row is wrong.
+What is in a data set, before and after the filters; then a file of your own, with a picture:
+
+    python datasets.py --mode=ml-1m
+    python datasets.py --mode=csv --data_path=my.csv --columns=user:0,item:1,rating:2 --plot=my.png
 """
 
-import csv
+import argparse
+import dataclasses
 import hashlib
-import io
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
-from utils import UserError
+from download import EDITIONS, download_edition
+from options import add_data_options
+from readers import read_columns, read_table
+from utils import UserError, run_script
 
-BLOCK = 1 << 25  # bytes parsed at a time
-LONGEST_ID = 200  # characters
+__all__ = ["Ratings", "load_ratings", "read_table"]
+
 MOST_LEVELS = 20  # more distinct ratings than this are binned
-ROLES = ("user", "item", "rating", "time")
+CACHE_FROM = 1 << 20  # bytes; smaller files are read as fast as their cache would be
+CACHE_VERSION = 1  # changes with what is cached
+MANY_ROWS = 1 << 22  # ordering more than this takes seconds
 
-# Column names, in lower case, and what they hold; the first of a line that is found counts.
-NAMES = {
-    "user": ("user", "user_id", "userid", "reviewerid", "uid"),
-    "item": ("item", "item_id", "itemid", "movieid", "movie_id", "parent_asin", "asin", "product_id", "business_id"),
-    "rating": ("rating", "overall", "stars", "score"),
-    "time": ("timestamp", "time", "unixreviewtime", "date"),
+# Where data sets without a download are looked for, and where to get them.
+PLACES = {
+    "sample": ("Data/sample/ratings.csv", "it comes with the source code"),
+    "amazon": (
+        "Data/amazon/ratings.csv",
+        "get one from https://amazon-reviews-2023.github.io, https://nijianmo.github.io/amazon (2018) or "
+        "https://jmcauley.ucsd.edu/data/amazon (2014)",
+    ),
+    "yelp": ("Data/yelp/yelp_academic_dataset_review.json", "get it from https://www.yelp.com/dataset"),
 }
-ITEM_NAME_LAYOUT = {
-    "movieid": "ml-latest",
-    "parent_asin": "amazon",
-    "asin": "amazon",
-    "product_id": "amazon",
-    "business_id": "yelp",
-}
-MODE_LAYOUT = {"ml-100k": "ml-100k", "ml-1m": "ml-1m", "ml-10m": "ml-1m", "amazon": "amazon", "yelp": "yelp"}
-MODE_LAYOUT |= dict.fromkeys(("ml-20m", "ml-25m", "ml-32m", "ml-latest", "ml-latest-small"), "ml-latest")
-MODE_LAYOUT |= {"csv": "csv", "sample": "csv", "parquet": "parquet"}
-
-PROBLEMS = (
-    "",
-    "the number of columns is wrong",
-    "the user id is missing, too long or not text",
-    "the item id is missing, too long or not text",
-    "the rating is not a number",
-    "the rating is outside the scale",
-    "the time is neither a number nor a date",
-)
 
 
 @dataclass(frozen=True)
 class Ratings:
-    """Ratings grouped by user, each user's in time order (equal times keep the order of the file)."""
+    """Ratings grouped by user, each user's in time order, ties in the file's order. Arrays are read-only."""
 
-    user_ids: np.ndarray  # (n_users,) ids of the file, ascending; int64 where every id is an integer, else text
+    user_ids: np.ndarray  # (n_users,) the file's, ascending; int64 where every id is an integer, else text
     item_ids: np.ndarray  # (n_items,) likewise
     offsets: np.ndarray  # (n_users + 1,) int64; user u's ratings are rows offsets[u]:offsets[u + 1]
     items: np.ndarray  # (n,) int32, places in item_ids
     values: np.ndarray  # (n,) float32, on the file's own scale
-    times: np.ndarray  # (n,) int64, seconds; line numbers where the file has no time
+    times: np.ndarray  # (n,) int64, seconds; row numbers where the file has no time
     low: float  # rating scale
     high: float
     levels: np.ndarray  # distinct ratings, ascending; more than 20: the centres of 10 equal bins of the scale
     fingerprint: str  # digest of all of the above
 
 
-class Table(NamedTuple):
-    """All rows of a file in its order, with its own ids."""
-
-    users: np.ndarray
-    items: np.ndarray
-    ratings: np.ndarray  # float32
-    times: np.ndarray  # int64, seconds; line numbers where the file has no time
-
-
-class Columns(NamedTuple):
-    """All rows of a file in its order, ids as places in ascending lists of distinct ids."""
-
-    users: np.ndarray  # (n,) int32
-    items: np.ndarray  # (n,) int32
-    ratings: np.ndarray  # (n,) float32
-    times: np.ndarray  # (n,) int64
-    user_ids: np.ndarray
-    item_ids: np.ndarray
-
-
-class Layout(NamedTuple):
-    """Where a file keeps its four columns."""
-
-    name: str  # as in MODE_LAYOUT
-    columns: tuple  # place (or JSON key) of user, item, rating and time; time None: the file has none
-    sep: str = ""  # "": JSON lines
-    width: int = 0  # columns in a row
-    header: bool = False
-    dated: bool = False  # times are dates, not numbers
-
-
 def load_ratings(options):
-    """The `Ratings` that the data options ask for: read, without duplicates, filtered, grouped and sorted."""
-    path = Path(options.data_path or "./Data/ml-1m/ratings.dat")
+    """The `Ratings` that the data options ask for, from the cache where it holds just these."""
+    path = find_data(options)
+    place, content = cache_place(path, options), file_digest(path)
+    ratings, notes = read_cache(place, content) or (None, None)
+    if ratings is None:
+        columns, notes = load_columns(path, options)
+        ratings = build_ratings(columns, filter_rows(columns, options), options)
+        write_cache(place, content, ratings, notes)
+    for note in notes:
+        say(f"{path}: {note}")
+    return ratings
+
+
+def find_data(options):
+    """The ratings file: --data_path, or the data set's own place, where MovieLens is downloaded to."""
+    edition = EDITIONS.get(options.mode)
+    usual, source = PLACES.get(options.mode, (None, "give the ratings file with --data_path"))
+    if edition:
+        usual, source = Path("Data", edition.folder, edition.member), "leave out --data_path to download it"
+    if not (options.data_path or usual):
+        raise UserError(f"--mode={options.mode} needs --data_path, the ratings file")
+    path = Path(options.data_path or usual)
+    if edition and not path.exists() and path.parts[-2:] == (edition.folder, edition.member):
+        download_edition(options.mode, path.parent.parent, options.data_url)
+    if not path.exists():
+        raise UserError(f"there is no file {path}; {source}")
+    return path
+
+
+def say(text):
+    tqdm.write(text, file=sys.stderr)
+
+
+# -----------------------------------------------------------------------------
+# From rows to ratings
+
+
+def load_columns(path, options):
+    """(`Columns` by user and time, without duplicates; notes on what was dropped)."""
     scale = parse_scale(options.rating_scale)
-    columns = read_columns(path, options.mode, options.columns, options.sep, options.skip_bad_rows, scale)
-    low, high = scale or (float(columns.ratings.min()), float(columns.ratings.max()))
-    return build_ratings(filter_rows(drop_duplicates(sort_rows(columns)), options), low, high)
+    columns, notes = read_columns(
+        path, options.mode, options.columns, options.sep, options.skip_bad_rows, scale
+    )
+    if len(columns.users) > MANY_ROWS:
+        say(f"{path}: ordering {len(columns.users):,} ratings")
+    columns = sort_rows(columns)
+    twice = find_duplicates(columns)
+    if twice.any():
+        notes.append(f"dropped {twice.sum():,} ratings of an item that the same user rated again later")
+        columns = take_rows(columns, ~twice)
+    return columns, notes
 
 
-def read_table(path, mode=None, columns=None, sep=None, skip_bad_rows=False):
-    """A file's rows as they are, as a `Table`; `mode=None` takes any layout that is recognised."""
-    read = read_columns(Path(path), mode, columns, sep, skip_bad_rows)
-    return Table(read.user_ids[read.users], read.item_ids[read.items], read.ratings, read.times)
+def sort_rows(columns):
+    """Rows by user and time; what is equal keeps its order."""
+    first = int(columns.times.min())
+    span = int(columns.times.max()) - first + 1
+    if span * len(columns.user_ids) < 2**63:  # one key for both, which sorts in a fraction of the time
+        order = np.argsort(columns.users * np.int64(span) + (columns.times - first), kind="stable")
+    else:
+        order = np.lexsort((columns.times, columns.users))
+    return take_rows(columns, order)
+
+
+def take_rows(columns, rows):
+    names = ("users", "items", "ratings", "times")
+    return columns._replace(**{name: getattr(columns, name)[rows] for name in names})
+
+
+def find_duplicates(columns):
+    """(n,) whether the same user rates the same item in a later row."""
+    pairs = columns.users * np.int64(len(columns.item_ids)) + columns.items
+    return pd.Series(pairs).duplicated(keep="last").to_numpy()
+
+
+def filter_rows(columns, options):
+    """Items with `min_item` ratings or more, then users with `min_sequence` or more, one pass."""
+    steps = {"the file has": columns}
+    for name, option in (("items", "min_item"), ("users", "min_sequence")):
+        codes, least = getattr(columns, name), getattr(options, option)
+        keep = (np.bincount(codes) >= least)[codes]
+        columns = columns if keep.all() else take_rows(columns, keep)
+        steps[f"--{option}={least} leaves"] = columns
+        if not keep.any():
+            sizes = (f"{step} {size(rows)}" for step, rows in steps.items())
+            raise UserError(f"the filters leave nothing: {', '.join(sizes)}; lower --{option}")
+    return columns
+
+
+def size(columns):
+    users, items = len(np.unique(columns.users)), len(np.unique(columns.items))
+    return f"{len(columns.users):,} ratings of {items:,} items by {users:,} users"
+
+
+def build_ratings(columns, kept, options):
+    """`Ratings` of the rows `kept` of `columns`: on the scale of all rows, and with the ids of those kept."""
+    low, high, levels = rating_scale(columns.ratings, parse_scale(options.rating_scale))
+    lengths = np.bincount(kept.users, minlength=len(kept.user_ids))
+    used = np.bincount(kept.items, minlength=len(kept.item_ids)) > 0
+    arrays = {
+        "user_ids": kept.user_ids[lengths > 0],
+        "item_ids": kept.item_ids[used],
+        "offsets": np.concatenate([[0], np.cumsum(lengths[lengths > 0])]),
+        "items": (np.cumsum(used, dtype=np.int32) - 1)[kept.items],
+        "values": kept.ratings,
+        "times": kept.times,
+        "levels": levels,
+    }
+    digest = hashlib.sha256(f"{low} {high}".encode())
+    for array in arrays.values():
+        array.setflags(write=False)  # as they are when they come from the cache
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array)
+    return Ratings(**arrays, low=low, high=high, fingerprint=digest.hexdigest())
 
 
 def parse_scale(text):
@@ -121,198 +184,187 @@ def parse_scale(text):
         low, high = map(float, text.split(":"))
     except ValueError:
         low = high = np.nan
-    if not low < high:
+    if not -np.inf < low < high < np.inf:
         raise UserError(f"--rating_scale={text} is not LOW:HIGH, two numbers, the lower one first")
     return low, high
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From rows to ratings
-
-
-def sort_rows(columns):
-    """Rows ordered by user and time; what is equal keeps its order."""
-    order = np.lexsort((columns.times, columns.users))
-    return take_rows(columns, order)
-
-
-def take_rows(columns, rows):
-    return columns._replace(**{name: getattr(columns, name)[rows] for name in ("users", "items", "ratings", "times")})
-
-
-def drop_duplicates(columns):
-    """Of the rows of a user with the same item, the last alone."""
-    pairs = columns.users.astype(np.int64) * len(columns.item_ids) + columns.items
-    twice = pd.Series(pairs).duplicated(keep="last").to_numpy()
-    return take_rows(columns, ~twice) if twice.any() else columns
-
-
-def filter_rows(columns, options):
-    """Items with `min_item` ratings or more, then users with `min_sequence` or more, one pass."""
-    for name, least in (("items", options.min_item), ("users", options.min_sequence)):
-        codes = getattr(columns, name)
-        keep = np.bincount(codes)[codes] >= least
-        if not keep.all():
-            columns = take_rows(columns, keep)
-    return columns
-
-
-def build_ratings(columns, low, high):
-    """`Ratings` of rows that are sorted; ids without rows are left out."""
-    lengths = np.bincount(columns.users, minlength=len(columns.user_ids))
-    used = np.bincount(columns.items, minlength=len(columns.item_ids)) > 0
-    arrays = {
-        "user_ids": columns.user_ids[lengths > 0],
-        "item_ids": columns.item_ids[used],
-        "offsets": np.concatenate([[0], np.cumsum(lengths[lengths > 0])]),
-        "items": (np.cumsum(used, dtype=np.int32) - 1)[columns.items],
-        "values": columns.ratings,
-        "times": columns.times,
-        "levels": rating_levels(columns.ratings, low, high),
-    }
-    for array in arrays.values():
-        array.setflags(write=False)
-    digest = hashlib.sha256(repr((low, high)).encode())
-    for array in arrays.values():
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return Ratings(**arrays, low=low, high=high, fingerprint=digest.hexdigest())
-
-
-def rating_levels(ratings, low, high):
-    """Distinct ratings, ascending, or the centres of ten equal bins of the scale where they are many."""
+def rating_scale(ratings, scale=None):
+    """(lowest, highest, levels) of the ratings, whose scale may be given."""
     levels = np.sort(pd.unique(ratings))
-    if len(levels) <= MOST_LEVELS:
-        return levels
-    return (low + (high - low) * (np.arange(10) + 0.5) / 10).astype(np.float32)
+    low, high = scale or (float(levels[0]), float(levels[-1]))
+    if low == high:
+        raise UserError(f"every rating is {low:g}; give the scale they are on with --rating_scale=LOW:HIGH")
+    if len(levels) > MOST_LEVELS:
+        levels = (low + (high - low) * (np.arange(10) + 0.5) / 10).astype(np.float32)
+    return low, high, levels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Recognising a file
+# -----------------------------------------------------------------------------
+# Cache: a line with the checksum of the rest, a line of JSON, then the arrays
 
 
-def recognise(path, head, mode, columns=None, sep=None):
-    """The `Layout` of a file that begins with the text `head`, checked against `mode`."""
-    first = head.split("\n", 1)[0].rstrip("\r")
-    sep = find_sep(first) if sep is None else sep
-    fields = first.split(sep)
-    header = not any(is_number(field) for field in fields)
-    names = [field.strip().strip('"') for field in fields]
-    if header:
-        places, name = named_columns(path, names)
-    elif sep == "::" and len(fields) == 4:
-        places, name = (0, 1, 2, 3), "ml-1m"
-    elif sep == "\t" and len(fields) == 4:
-        places, name = (0, 1, 2, 3), "ml-100k"
-    else:
-        places, name = (0, 1, 2, 3), "amazon"
-    if mode and MODE_LAYOUT[mode] not in (name, "csv"):
-        raise UserError(f"{path} is not laid out as --mode={mode} but as --mode={name}; give that mode")
-    return Layout(name, places, sep, len(fields), header)
-
-
-def find_sep(line):
-    return next((sep for sep in ("::", "\t", ",", ";", "|") if sep in line), ",")
-
-
-def named_columns(path, names):
-    """(places of user, item, rating and time, layout name) by the names of a header."""
-    lower = [name.lower() for name in names]
-    found = [next((name for name in NAMES[role] if name in lower), None) for role in ROLES]
-    if None in found[:3]:
-        raise UserError(f"{path} has the columns {', '.join(names)}; say with --columns which are user, item, rating")
-    places = tuple(None if name is None else lower.index(name) for name in found)
-    return places, ITEM_NAME_LAYOUT.get(found[1], "csv")
-
-
-def is_number(text):
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading a file
-
-
-def read_columns(path, mode, columns=None, sep=None, skip_bad_rows=False, scale=None):
-    """The file's rows as `Columns`."""
-    if mode is not None and mode not in MODE_LAYOUT:
-        raise UserError(f"--mode={mode} is not known; it is one of {', '.join(MODE_LAYOUT)}")
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; give the ratings file with --data_path")
-    layout, ids, parts = None, ({}, {}), []
-    with path.open("rb") as file:
-        for line, block in blocks(file):
-            if layout is None:
-                block = block.removeprefix(b"\xef\xbb\xbf")
-                layout = recognise(path, block[:1 << 16].decode(errors="replace"), mode, columns, sep)
-                if layout.header:
-                    line, block = line + 1, block[block.find(b"\n") + 1 :]
-            part = parse_block(block, layout)
-            if part is None:
-                raise UserError(f"{path} has rows that cannot be read after line {line}")
-            users, items, ratings, times = part
-            parts.append((number(users, ids[0]), number(items, ids[1]), ratings, times))
-    if not sum(len(part[2]) for part in parts):
-        raise UserError(f"{path} holds no ratings")
-    users, items, ratings, times = (np.concatenate(column) for column in zip(*parts, strict=True))
-    users, user_ids = ascending(users, ids[0])
-    items, item_ids = ascending(items, ids[1])
-    return Columns(users, items, ratings, times.astype(np.int64), user_ids, item_ids)
-
-
-def blocks(file):
-    """Pieces of whole lines of a binary file, each with the number of its first line, from 1."""
-    line, rest = 1, b""
-    while piece := file.read(BLOCK):
-        rest += piece
-        end = rest.rfind(b"\n") + 1
-        if end:
-            yield line, rest[:end]
-            line, rest = line + rest.count(b"\n", 0, end), rest[end:]
-    if rest:
-        yield line, rest
-
-
-def parse_block(block, layout):
-    """A clean block's users, items (categorical), ratings and times; None where a row is not as it should be."""
-    step = len(layout.sep)
-    user, item, rating, time = (place * step for place in layout.columns)
-    try:
-        frame = pd.read_csv(
-            io.BytesIO(block),
-            sep=layout.sep[0],
-            header=None,
-            usecols=[user, item, rating, time],
-            dtype={user: "category", item: "category", rating: "float32", time: "float64"},
-            na_filter=False,
-            quoting=csv.QUOTE_NONE,
-            float_precision="round_trip",
-            low_memory=False,
-        )
-    except (ValueError, OverflowError):
+def cache_place(path, options):
+    """The cache file for a data file and these options; None for a file that is too small to need one."""
+    if path.is_dir() or path.stat().st_size < CACHE_FROM:
         return None
-    return frame[user].array, frame[item].array, frame[rating].to_numpy(), frame[time].to_numpy()
+    names = ("mode", "columns", "sep", "skip_bad_rows", "rating_scale", "min_item", "min_sequence")
+    asked = [CACHE_VERSION, str(path.resolve()), *(getattr(options, name) for name in names)]
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    return Path(options.cache_dir or path.parent) / f"{path.name}.{digest[:16]}.cache"
 
 
-def number(texts, ids):
-    """Numbers (int32) of categorical ids; `ids` maps each id to its number and grows."""
-    numbers = [ids.setdefault(text.strip(), len(ids)) for text in texts.categories]
-    return np.array(numbers, dtype=np.int32)[texts.codes]
+def file_digest(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def ascending(numbers, ids):
-    """(places in the ascending ids, the ascending ids) of numbers given by `number`."""
-    texts = np.array(list(ids), dtype=str)
+def write_cache(place, content, ratings, notes):
+    """Keep `ratings` in `place`, under a temporary name until it is whole."""
+    if place is None:
+        return
+    header = dataclasses.asdict(ratings) | {"content": content, "notes": notes}
+    arrays = {name: value for name, value in header.items() if isinstance(value, np.ndarray)}
+    header["arrays"] = [[name, array.dtype.str, len(array)] for name, array in arrays.items()]
+    header = {name: value for name, value in header.items() if name not in arrays}
+    part = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        integers = texts.astype(np.int64)
-        values = integers if (integers.astype(str) == texts).all() else texts
-    except (ValueError, OverflowError):
-        values = texts
-    order = np.argsort(values)
-    rank = np.empty(len(order), np.int32)
-    rank[order] = np.arange(len(order))
-    return rank[numbers], values[order]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.parent.stat().st_mode & 0o200:
+            raise PermissionError(13, "the folder is read-only")  # for root too
+        with part.open("w+b") as file:
+            file.write(bytes(64) + b"\n" + json.dumps(header).encode() + b"\n")
+            for array in arrays.values():
+                file.write(bytes(-file.tell() % 64))
+                file.write(array)
+            file.seek(65)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            file.write(digest.encode())
+        os.replace(part, place)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        say(f"parsed data is not kept in {place.parent} ({error.strerror}); --cache_dir gives another place")
+
+
+def read_cache(place, content):
+    """(`Ratings` mapped into memory, notes) kept in `place`; None where damaged or of other content."""
+    try:
+        with place.open("rb") as file:
+            digest = file.read(65).decode().strip()
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                return None
+            file.seek(65)
+            header = json.loads(file.readline())
+            position = file.tell()
+            data = np.memmap(file, np.uint8, "r").view(np.ndarray)
+    except (AttributeError, OSError, ValueError):
+        return None
+    if header.pop("content") != content:
+        return None
+    notes, arrays = header.pop("notes"), header.pop("arrays")
+    for name, dtype, length in arrays:
+        position += -position % 64
+        end = position + length * np.dtype(dtype).itemsize
+        header[name] = data[position:end].view(dtype)
+        position = end
+    return Ratings(**header), notes
+
+
+# -----------------------------------------------------------------------------
+# The data table
+
+
+def describe(columns, levels, longest):
+    """What the data table says of rows by user and time: a dict of name -> number or text."""
+    lengths = np.bincount(columns.users)
+    lengths = lengths[lengths > 0]
+    tied = (np.diff(columns.users) == 0) & (np.diff(columns.times) == 0)
+    ties = np.append(tied, False) | np.append(False, tied)
+    days = [str(np.datetime64(int(time), "s"))[:10] for time in (columns.times.min(), columns.times.max())]
+    histogram = np.bincount(nearest(columns.ratings, levels), minlength=len(levels))
+    return {
+        "users": len(lengths),
+        "items": len(np.unique(columns.items)),
+        "ratings": len(columns.ratings),
+        "mean length": lengths.mean(),
+        f"mean length, last {longest}": np.minimum(lengths, longest).mean(),
+        "balance score": balance(histogram),
+        "share of ties": ties.mean(),
+        "first day": days[0],
+        "last day": days[1],
+    }
+
+
+def nearest(values, levels):
+    """(n,) numbers of the levels that are nearest to `values`."""
+    return np.searchsorted((levels[1:] + levels[:-1]) / 2, values)
+
+
+def balance(histogram):
+    """Entropy of rating histograms (..., n_levels) over its maximum: 0 one rating alone, 1 all as often."""
+    share = histogram / histogram.sum(-1, keepdims=True)
+    return -(share * np.log(np.maximum(share, 1e-300))).sum(-1) / np.log(histogram.shape[-1])
+
+
+def print_table(path, before, after, ratings, notes):
+    """The data table, before and after the filters."""
+    print(f"{path}\n\n{'':<24}{'file':>14}{'filtered':>14}")
+    for name, value in before.items():
+        texts = [
+            cell if isinstance(cell, str) else f"{cell:,}" if isinstance(cell, int) else f"{cell:.3f}"
+            for cell in (value, after[name])
+        ]
+        print(f"{name:<24}{texts[0]:>14}{texts[1]:>14}")
+    listed = " ".join(f"{level:g}" for level in ratings.levels)
+    print(f"{'scale':<24}{ratings.low:g} to {ratings.high:g}, levels {listed}")
+    for note in notes or ["no row was dropped"]:
+        print(note)
+
+
+def plot(file, ratings):
+    """Save a picture of the filtered ratings: their histogram, users' lengths and users' balance."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    level = nearest(ratings.values, ratings.levels)
+    lengths, n_levels = np.diff(ratings.offsets), len(ratings.levels)
+    of_user = np.repeat(np.arange(len(lengths)), lengths)
+    histograms = np.bincount(of_user * n_levels + level, minlength=len(lengths) * n_levels).reshape(
+        -1, n_levels
+    )
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.bar([f"{each:g}" for each in ratings.levels], histograms.sum(0))
+    left.set(xlabel="rating", ylabel="ratings")
+    middle.hist(lengths, bins=np.geomspace(lengths.min(), lengths.max() + 1, 40))
+    middle.set(xlabel="ratings of a user", ylabel="users", xscale="log")
+    right.hist(balance(histograms), bins=40, range=(0, 1))
+    right.set(xlabel="balance score of a user's ratings (0: all the same)", ylabel="users")
+    try:
+        figure.savefig(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot={file} cannot be written: {error}") from None
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_data_options(parser)
+    parser.add_argument(
+        "--max_seq_len", type=int, default=30, help="cut for the mean length (default: %(default)s)"
+    )
+    parser.add_argument("--plot", nargs="?", const="ratings.png", metavar="FILE", help="save a picture too")
+    options = parser.parse_args()
+    path = find_data(options)
+    columns, notes = load_columns(path, options)
+    kept = filter_rows(columns, options)
+    ratings = build_ratings(columns, kept, options)
+    tables = [describe(rows, ratings.levels, options.max_seq_len) for rows in (columns, kept)]
+    print_table(path, *tables, ratings, notes)
+    if options.plot:
+        plot(options.plot, ratings)
+
+
+if __name__ == "__main__":
+    run_script(main)

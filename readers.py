@@ -1,0 +1,467 @@
+"""Rating files of any layout, plain or compressed -> columns of users, items, ratings and times.
+
+Text is read in blocks of whole lines. pandas' C parser takes a block that is clean; a careful reader takes
+any other, and says which row is wrong and why. Both give the same columns for the same rows.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import lzma
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from layouts import check_mode, check_options, choose_columns, parse_json, recognise
+from utils import UserError
+
+BLOCK = 1 << 25  # bytes of text parsed at a time
+LONGEST_ID = 128  # characters
+BAD_SHARE = 0.01  # of the rows that --skip_bad_rows may drop
+PROBLEMS = (
+    "",
+    "it does not have the expected columns",
+    "its user id is empty, too long or not text",
+    "its item id is empty, too long or not text",
+    "its rating is not a number",
+    "its rating is outside --rating_scale",
+    "its time is neither a number nor a date",
+)
+UNUSABLE = re.compile("[\0\ud800-\udfff]")  # in an id; bytes that are not UTF-8 were decoded to the latter
+
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+ZIP_MEMBERS = ("ratings.dat", "ratings.csv", "u.data", "yelp_academic_dataset_review.json")
+DAMAGED = (
+    *(EOFError, OSError, RuntimeError, ValueError, struct.error),
+    *(zlib.error, lzma.LZMAError, zipfile.BadZipFile),
+)
+
+
+class Table(NamedTuple):
+    """All rows of a file in its order, with its own ids."""
+
+    users: np.ndarray  # (n,) int64 where every id is an integer, else text
+    items: np.ndarray  # (n,) likewise
+    ratings: np.ndarray  # (n,) float32
+    times: np.ndarray  # (n,) int64, seconds; row numbers where the file has no time
+
+
+class Columns(NamedTuple):
+    """All rows of a file in its order, ids as places in ascending lists of the distinct ones."""
+
+    users: np.ndarray  # (n,) int32
+    items: np.ndarray  # (n,) int32
+    ratings: np.ndarray  # (n,) float32
+    times: np.ndarray  # (n,) int64
+    user_ids: np.ndarray  # (n_users,)
+    item_ids: np.ndarray  # (n_items,)
+
+
+class Part(NamedTuple):
+    """The rows of one block; ids are pairs (number of each row's text, texts)."""
+
+    users: tuple
+    items: tuple
+    ratings: np.ndarray  # (n,) float32
+    times: np.ndarray | None  # (n,) float64; None: the file has no time
+    problems: np.ndarray  # (n,) what is wrong with each row, a place in PROBLEMS
+    show: Callable  # the number of a row -> "line 7: its text"
+
+
+def read_table(path, mode=None, columns=None, sep=None, skip_bad_rows=False):
+    """A file's rows as they are, as a `Table`; `mode=None` takes any layout that is recognised."""
+    read, _ = read_columns(path, mode, columns, sep, skip_bad_rows)
+    return Table(read.user_ids[read.users], read.item_ids[read.items], read.ratings, read.times)
+
+
+def read_columns(path, mode=None, columns=None, sep=None, skip_bad_rows=False, scale=None):
+    """A file's rows as (`Columns`, notes on what was dropped or assumed); `scale` is (low, high) or None.
+
+    Raises `UserError` for a file that is not what `mode` says, and for rows that cannot be read, unless
+    `skip_bad_rows` and they are few.
+    """
+    path = Path(path)
+    check_options(mode, columns, sep)
+    with open_file(path) as (raw, file):
+        if raw.peek(4).startswith(b"PAR1"):
+            check_mode(path, "parquet", mode)
+            return gather(path, parquet_parts(path, columns, scale), skip_bad_rows)
+        size = path.stat().st_size
+        with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, delay=2, leave=False) as bar:
+            pieces = blocks(path, file, lambda: bar.update(raw.tell() - bar.n))
+            return gather(path, text_parts(path, pieces, mode, columns, sep, scale), skip_bad_rows)
+
+
+# -----------------------------------------------------------------------------
+# Files and blocks
+
+
+@contextmanager
+def open_file(path):
+    """(the file itself, its bytes decompressed), as its first bytes say."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the ratings file in it")
+    try:
+        raw = path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot open {path}: {error.strerror}") from None
+    with raw:
+        magic = raw.peek(6)
+        if magic.startswith((b"PK\3\4", b"PK\5\6")):
+            yield raw, open_zip(path, raw)
+        else:
+            opener = next((OPENERS[start] for start in OPENERS if magic.startswith(start)), None)
+            yield raw, opener(raw) if opener else raw
+
+
+def open_zip(path, raw):
+    """The ratings in a zip archive: the member of a known name, or the only one."""
+    try:
+        archive = zipfile.ZipFile(raw)
+        members = [name for name in archive.namelist() if not name.endswith("/")]
+        known = [name for name in members if name.rsplit("/", 1)[-1] in ZIP_MEMBERS] or members
+        if len(known) == 1:
+            return archive.open(known[0])
+    except DAMAGED as error:
+        raise damaged(path, error) from None
+    listed = ", ".join(members[:5]) + (", ..." if len(members) > 5 else "")
+    raise UserError(f"{path} holds {listed or 'nothing'}, not one ratings file; unpack it and name the file")
+
+
+def damaged(path, error):
+    reason = str(error) or type(error).__name__
+    return UserError(f"{path} is damaged or was not copied completely ({reason}); fetch it again")
+
+
+def blocks(path, file, progress):
+    """Pieces of whole lines of a binary file, each with the number of its first line, from 1."""
+    line, rest = 1, b""
+    while True:
+        try:
+            piece = file.read(BLOCK)
+        except DAMAGED as error:
+            raise damaged(path, error) from None
+        progress()
+        rest += piece
+        end = end_of_rows(rest) if piece else len(rest)
+        if end:
+            yield line, rest[:end]
+            line, rest = line + rest.count(b"\n", 0, end), rest[end:]
+        if not piece:
+            return
+        if len(rest) > BLOCK:
+            raise UserError(f"{path}, line {line}: no line end in {len(rest):,} bytes; is this a text file?")
+
+
+def end_of_rows(block):
+    """Where the last whole row ends: at a line end outside of quotes, if there is one."""
+    last = end = block.rfind(b"\n") + 1
+    inside = block.count(b'"', 0, end) % 2
+    while inside and end:
+        start = block.rfind(b"\n", 0, block.rfind(b'"', 0, end)) + 1
+        inside ^= block.count(b'"', start, end) % 2
+        end = start
+    return end or last
+
+
+# -----------------------------------------------------------------------------
+# Parsing blocks
+
+
+def text_parts(path, pieces, mode, columns, sep, scale):
+    """The `Part`s of a text file's blocks."""
+    layout = None
+    for line, block in pieces:
+        if layout is None:
+            block = block.removeprefix(b"\xef\xbb\xbf")
+            blank = len(block) - len(block.lstrip(b"\r\n"))
+            line, block = line + block.count(b"\n", 0, blank), block[blank:]
+            head = block[: block.find(b"\n", 1 << 16) + 1 or len(block)].decode("utf-8", "surrogateescape")
+            layout = recognise(path, head, mode, columns, sep)
+            if layout.header:
+                end = block.find(b"\n") + 1 or len(block)
+                line, block = line + 1, block[end:]
+        yield parse_clean(block, layout, scale) or parse_careful(block, line, layout, scale)
+
+
+def parse_clean(block, layout, scale):
+    """The `Part` of a block whose rows are all as they should be, by pandas' C parser; None for any other."""
+    if not layout.sep or b'"' in block or b"\0" in block or block.count(b"\r") != block.count(b"\r\n"):
+        return None
+    step = len(layout.sep)
+    user, item, rating, *time = (place * step for place in layout.places if place is not None)
+    dtypes = {user: "category", item: "category", rating: "float32"}
+    dtypes |= dict.fromkeys(time, "category" if layout.dated else "float64")
+    try:
+        frame = pd.read_csv(
+            io.BytesIO(block),
+            sep=layout.sep[0],
+            header=None,
+            usecols=list(dtypes),
+            dtype=dtypes,
+            na_filter=False,
+            quoting=csv.QUOTE_NONE,
+            float_precision="round_trip",
+            low_memory=False,
+        )
+    except (ValueError, OverflowError):
+        return None
+    between = len(frame) * (layout.width - 1)
+    if block.count(layout.sep.encode()) != between or block.count(layout.sep[0].encode()) != between * step:
+        return None
+    times = clean_times(frame[time[0]], layout) if time else None
+    part = make_part(coded(frame[user]), coded(frame[item]), frame[rating].to_numpy(), times, scale)
+    return None if part.problems.any() else part
+
+
+def clean_times(column, layout):
+    if not layout.dated:
+        return column.to_numpy()
+    codes, texts = coded(column)
+    return parse_times(texts)[codes]
+
+
+def parse_careful(block, line, layout, scale):
+    """The `Part` of any block, row by row; rows that cannot be read have their problem noted."""
+    text = block.decode("utf-8", "surrogateescape")
+    rows = list(delimited_rows(text, layout) if layout.sep else json_rows(text, layout))
+    starts = np.array([start for start, _ in rows], np.int64)
+    cells = [cells or ("",) * 4 for _, cells in rows]
+    users, items, ratings, times = zip(*cells, strict=True) if cells else ((),) * 4
+    with np.errstate(over="ignore"):  # what is too large for float32 is infinite, and refused
+        ratings = parse_numbers(ratings).astype(np.float32)
+    times = None if layout.places[3] is None else parse_times(times)
+    part = make_part(factorise(users), factorise(items), ratings, times, scale)
+    part.problems[[cells is None for _, cells in rows]] = 1
+    return part._replace(
+        show=lambda row: f"line {starts[row] + line}: '{text.split(chr(10))[starts[row]]:.80}'"
+    )
+
+
+def delimited_rows(text, layout):
+    """(first line from 0, cells of user, item, rating and time) of each row; None where it is not whole."""
+    step = len(layout.sep)
+    width = (layout.width - 1) * step + 1
+    places = [0 if place is None else place * step for place in layout.places]
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=layout.sep[0])
+    while True:
+        start = reader.line_num
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            cells = [""]
+        if cells:
+            whole = len(cells) == width and not any(cells[i] for i in range(width) if i % step)
+            yield start, tuple(cells[place] for place in places) if whole else None
+
+
+def json_rows(text, layout):
+    """(line from 0, user, item, rating and time as text) of each row; None for what does not have them."""
+    keys = [layout.places[0] if key is None else key for key in layout.places]
+    for start, line in enumerate(text.split("\n")):
+        if line and not line.isspace():
+            record = parse_json(line)
+            values = [record.get(key) for key in keys] if isinstance(record, dict) else [None]
+            plain = all(type(value) in (str, int, float) for value in values)
+            yield start, tuple(map(str, values)) if plain else None
+
+
+def make_part(users, items, ratings, times, scale):
+    """A `Part`, with each row's first problem."""
+    low, high = np.array(scale or (-np.inf, np.inf), np.float32)
+    fine = (
+        usable(*users),
+        usable(*items),
+        np.isfinite(ratings),
+        (ratings >= low) & (ratings <= high),
+        np.full(len(ratings), True)
+        if times is None
+        else np.abs(times) < 9e18,  # as int64 holds; NaN is not less
+    )
+    problems = np.select([~good for good in fine], range(2, len(PROBLEMS)))
+    return Part(users, items, ratings, times, problems, show=str)
+
+
+def usable(codes, texts):
+    """(n,) whether each row's id is text of a sensible length."""
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    good = (lengths > 0) & (lengths <= LONGEST_ID)
+    if UNUSABLE.search("\n".join(texts)):
+        good &= [UNUSABLE.search(text) is None for text in texts]
+    return np.append(good, False)[codes]  # code -1: no id at all
+
+
+def coded(column):
+    """(codes, texts) of a categorical column."""
+    return column.array.codes, [text.strip() for text in column.array.categories]
+
+
+def factorise(texts):
+    """(codes, distinct texts) of a sequence of texts."""
+    codes, distinct = pd.factorize(np.array([text.strip() for text in texts], dtype=object))
+    return codes, list(distinct)
+
+
+def parse_numbers(texts):
+    """(n,) float64 of texts; NaN for what is not a number."""
+    return pd.to_numeric(pd.Series(texts, dtype=object), errors="coerce").to_numpy(np.float64)
+
+
+def parse_times(texts):
+    """(n,) float64 of texts: numbers as they are, ISO dates in seconds (UTC), NaN for what is neither."""
+    times = parse_numbers(texts)
+    dated = np.flatnonzero(np.isnan(times))
+    if len(dated):
+        # Only what begins with a digit: pandas takes "now" and "today" for dates too.
+        dates = [texts[i] if texts[i].strip()[:1].isdigit() else "" for i in dated]
+        dates = pd.to_datetime(pd.Series(dates), format="ISO8601", utc=True, errors="coerce")
+        times[dated] = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
+    return times
+
+
+# -----------------------------------------------------------------------------
+# Parquet
+
+
+def parquet_parts(path, columns, scale):
+    """The `Part`s of a Parquet file's batches of rows."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path} is a Parquet file; reading it needs pyarrow: pip install pyarrow") from None
+    try:
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        places, _ = choose_columns(path, names, columns)
+        names = [names[place] for place in places if place is not None]
+        first = 1
+        for batch in file.iter_batches(1 << 20, columns=names):
+            yield parse_batch(batch.select(names).columns, first, scale)
+            first += len(batch)
+    except (pyarrow.ArrowException, *DAMAGED) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"cannot read {path} as Parquet ({reason}); is it damaged, or a column not of ratings?"
+        ) from None
+
+
+def parse_batch(columns, first, scale):
+    """The `Part` of Arrow columns user, item, rating and perhaps time, whose first row is number `first`."""
+    user, item, rating, *time = columns
+    with np.errstate(over="ignore"):
+        ratings = arrow_numbers(rating).astype(np.float32)
+    times = arrow_times(time[0]) if time else None
+    part = make_part(arrow_ids(user), arrow_ids(item), ratings, times, scale)
+    return part._replace(
+        show=lambda row: f"row {first + row}: '{', '.join(str(column[row]) for column in columns)}'"
+    )
+
+
+def arrow_ids(column):
+    """(codes, texts) of an Arrow column of ids; code -1 where there is none."""
+    column = column.dictionary_encode()
+    texts = ["" if value is None else str(value).strip() for value in column.dictionary.to_pylist()]
+    return column.indices.fill_null(-1).to_numpy(), texts
+
+
+def arrow_numbers(column):
+    return column.cast("float64", safe=False).to_numpy(zero_copy_only=False)
+
+
+def arrow_times(column):
+    """Seconds (float64) of an Arrow column of times, dates, text or numbers."""
+    kind = str(column.type)
+    if "string" in kind:
+        return parse_times(["" if text is None else text for text in column.to_pylist()])
+    if kind.startswith(("timestamp", "date")):
+        column = column.cast("timestamp[ms]", safe=False).cast("int64")
+        return arrow_numbers(column) / 1000
+    return arrow_numbers(column)
+
+
+# -----------------------------------------------------------------------------
+# From parts to columns
+
+
+def gather(path, parts, skip_bad_rows):
+    """All `parts` as one (`Columns`, notes on what was dropped or assumed)."""
+    columns, ids, unit, n_rows, n_bad, shown = ([], [], [], []), ({}, {}), None, 0, 0, []
+    for part in parts:
+        bad = np.flatnonzero(part.problems)
+        shown += [f"{part.show(row)}: {PROBLEMS[part.problems[row]]}" for row in bad[: 3 - len(shown)]]
+        if shown and not skip_bad_rows:
+            raise UserError(f"{path}, {shown[0]}; correct it, or drop such rows with --skip_bad_rows")
+        good = part.problems == 0
+        if good.any():
+            times = np.arange(n_rows, n_rows + len(good)) if part.times is None else part.times
+            unit = unit or time_unit(part.times, good)
+            columns[0].append(number(*part.users, good, ids[0]))
+            columns[1].append(number(*part.items, good, ids[1]))
+            columns[2].append(part.ratings[good])
+            columns[3].append(np.floor(times[good] / unit).astype(np.int64))
+            timed = part.times is not None
+        n_rows, n_bad = n_rows + len(good), n_bad + len(bad)
+    if n_bad > BAD_SHARE * n_rows:
+        raise UserError(
+            f"{path}: {n_bad:,} of {n_rows:,} rows cannot be read, more than the {BAD_SHARE:.0%} that "
+            f"--skip_bad_rows drops; the first: {'; '.join(shown)}"
+        )
+    if not columns[0]:
+        raise UserError(f"{path} holds no ratings: it is empty, or a header alone")
+    notes = [f"dropped {n_bad:,} of {n_rows:,} rows that cannot be read: {'; '.join(shown)}"] * (n_bad > 0)
+    notes += ["there is no time column, so each user's ratings keep the order of the file"] * (not timed)
+    return join(columns, ids), notes
+
+
+def number(codes, texts, good, ids):
+    """Numbers (int32) of the ids of the `good` rows; `ids` maps each id's text to its number and grows."""
+    codes = codes[good]
+    used = np.zeros(len(texts), bool)
+    used[codes] = True
+    numbers = [ids.setdefault(text, len(ids)) if use else 0 for text, use in zip(texts, used, strict=True)]
+    return np.array(numbers, dtype=np.int32)[codes]
+
+
+def time_unit(times, good):
+    """How many of the times' units make a second: they are seconds, or milli-, micro- or nanoseconds."""
+    typical = 0 if times is None else np.median(np.abs(times[good]))
+    return next((unit for unit in (1, 1e3, 1e6) if typical < 1e11 * unit), 1e9)
+
+
+def join(columns, ids):
+    """`Columns` of lists of arrays, which are emptied on the way, because they may fill half the memory."""
+    joined = []
+    for arrays in columns:
+        joined.append(np.concatenate(arrays))
+        arrays.clear()
+    users, user_ids = ascending(joined[0], ids[0])
+    items, item_ids = ascending(joined[1], ids[1])
+    return Columns(users, items, joined[2], joined[3], user_ids, item_ids)
+
+
+def ascending(numbers, ids):
+    """(places in the ascending ids, the ascending ids) of numbers given by `number`."""
+    values = np.array(list(ids), dtype=str)
+    try:
+        integers = values.astype(np.int64)
+        if (integers.astype(str) == values).all():  # not 007, which is not 7
+            values = integers
+    except (ValueError, OverflowError):
+        pass
+    order = np.argsort(values)
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(len(order))
+    return rank[numbers], values[order]
