@@ -43,10 +43,9 @@ PREFIX_BYTES = HEADER.size + hashlib.sha256().digest_size
 STEP_NAME = re.compile(r"step-(\d{8,})\.pt")
 
 # What may differ when a run goes on: where things are (the data's fingerprint is checked instead), what is
-# shown, how often is saved, and what was asked of this one command.
+# shown, how often is saved, how much is computed at once, and what was asked of this one command.
 MAY_CHANGE = (
     "cache_dir",
-    "checkpoint_interval",
     "checkpoint_minutes",
     "checkpoint_step",
     "data_path",
@@ -58,7 +57,9 @@ MAY_CHANGE = (
     "overwrite",
     "pretrain_log_dir",
     "resume",
+    "task_chunk",
     "test",
+    "test_baseline",
 )
 MAY_GROW = ("num_train_iterations", "pretrain_epochs")
 
@@ -138,7 +139,7 @@ def read_regular(path, what):
         return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: give the path of {what}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -288,11 +289,16 @@ def config_problem(config):
     version = config.get("format_version")
     if type(version) is not int or version != CONFIG_VERSION:
         return f"is of format version {version!r:.40}, and this program reads version {CONFIG_VERSION}"
-    for key, kind in {"options": dict, "fingerprint": str, "versions": dict, "command": str}.items():
-        if key not in config:
-            return f"lacks '{key}'"
-        if not isinstance(config[key], kind):
-            return f"holds a '{key}' that is no {'object' if kind is dict else 'text'}"
+    return wrong_entry(config, {"options": dict, "fingerprint": str, "versions": dict, "command": str})
+
+
+def wrong_entry(entries, kinds):
+    """Which entry a dictionary lacks or holds in another type than `kinds` ({name: type}) says, or None."""
+    for name, kind in kinds.items():
+        if name not in entries:
+            return f"lacks '{name}'"
+        if type(entries[name]) is not kind:
+            return f"holds '{name}' as {type(entries[name]).__name__}, not {kind.__name__}"
     return None
 
 
@@ -304,7 +310,10 @@ def as_stored(options):
 
 
 def check_resume(stored_options, options, may_change=MAY_CHANGE, may_grow=MAY_GROW):
-    """UserError that lists every option that differs from the stored one and may neither change nor grow."""
+    """UserError that lists every option that differs from the stored one and may neither change nor grow.
+
+    An option that one side does not have counts as None, not given.
+    """
     old, new = as_stored(stored_options), as_stored(options)
     differences = []
     for name in sorted((old.keys() | new.keys()) - set(may_change)):
@@ -455,15 +464,15 @@ def step_of(path):
     return None
 
 
-def load_newest(folder):
-    """The state of the newest whole checkpoint, None where there is no checkpoint at all.
+def load_newest(folder, kinds=None):
+    """The state of the newest whole checkpoint, None where there is no checkpoint at all; `kinds` as below.
 
     A damaged one is skipped with a warning on standard error for the one before; UserError where all are.
     """
     paths = list(find_checkpoints(folder).values())
     for path in reversed(paths):
         try:
-            return load_checkpoint(path)
+            return load_checkpoint(path, kinds)
         except UserError as error:
             print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
     if paths:
@@ -471,8 +480,10 @@ def load_newest(folder):
     return None
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, kinds=None):
     """The state of a checkpoint, a dictionary with its "step", tensors on the CPU.
+
+    kinds: {name: type} of the entries that it must hold.
 
     UserError where the file does not exist, is not a checkpoint, is truncated, damaged, of another format
     version, or holds anything but tensors and plain values (nothing of it is run).
@@ -490,6 +501,8 @@ def load_checkpoint(path):
             f"{path} was not written by this program and is refused "
             f"(it holds something other than tensors and plain values): use another checkpoint"
         ) from error
+    if problem := wrong_entry(state, kinds or {}):
+        raise UserError(f"{path} {problem}: use another checkpoint")
     return state
 
 
@@ -521,29 +534,31 @@ def refuse_inflation(payload):
             raise ValueError("compressed entries")
 
 
-def check_plain(state, limit):
-    """ValueError unless `state` is a dictionary of at most `limit` plain values and contiguous tensors.
+def check_plain(state, budget):
+    """ValueError unless `state` is a dictionary of plain values and contiguous tensors on the CPU.
 
-    Each saved value takes a byte or more: more values than bytes come only from references built to hang us.
+    budget: bytes of the file. Each saved value takes one or more, each tensor its elements; what comes to
+    more was built from references or strides, to fill the memory or to hang us.
     """
     if type(state) is not dict:
         raise ValueError("not a dictionary")
     values = [state]
-    for _ in range(limit):
-        if not values:
-            return
+    while values:
         value = values.pop()
+        budget -= 1
         if type(value) is dict:
             values.extend(value)
             values.extend(value.values())
         elif type(value) in (list, tuple):
             values.extend(value)
         elif type(value) is torch.Tensor:
-            if value.layout != torch.strided or not value.is_contiguous():  # zero strides fake terabytes
-                raise ValueError("a tensor larger than its storage")
+            if value.layout != torch.strided or value.device.type != "cpu" or not value.is_contiguous():
+                raise ValueError("a tensor that was not saved from here")
+            budget -= value.nbytes
         elif value is not None and type(value) not in (bool, int, float, str):
             raise ValueError(f"a {type(value).__name__}")
-    raise ValueError("more values than bytes")
+        if len(values) > budget:
+            raise ValueError("more values than bytes")
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,820 @@
+"""A run's folder under faults that really happen: damage, full disks, kills, signals.
+
+MELO_FUZZ_EXAMPLES sets how many damaged files each fuzz test tries (100), MELO_KILLS how many processes are
+killed while they save (10).
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import OrderedDict
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import runs
+import utils
+from utils import UserError
+
+ROOT = Path(__file__).parents[1]
+KILLS = int(os.environ.get("MELO_KILLS", 10))
+fuzz = settings(
+    max_examples=int(os.environ.get("MELO_FUZZ_EXAMPLES", 100)),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+few = settings(max_examples=50, deadline=None, derandomize=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run's folder with checkpoints of steps 10 and 20 in it."""
+    path = runs.run_folder(tmp_path / "log", "ml-1m", "bert4rec", "melo")
+    path.mkdir(parents=True)
+    for step in (10, 20):
+        runs.save_checkpoint(path, step, state_of(step))
+    return path
+
+
+def state_of(step, size=50):
+    return {"weights": torch.full((size,), float(step)), "loop": {"best": 0.5, "names": ["a", ("b", None)]}}
+
+
+def is_whole(state):
+    return bool((state["weights"] == state["step"]).all())
+
+
+def one_sentence(error):
+    return len(str(error.value)) > 20 and "\n" not in str(error.value)
+
+
+def start_child(function, stderr):
+    """Fork a process that runs `function` as a script would, standard error into a file; its process id."""
+    process = os.fork()
+    if process:
+        return process
+    code = 99
+    try:
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+        utils.run_script(function)
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        os._exit(code)
+
+
+def exit_code(process):
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def run_python(code, *arguments, before=()):
+    """Run `code` as the main() of a script in a new interpreter."""
+    script = f"import sys, runs, utils, torch\ndef main():\n    {code}\nutils.run_script(main)"
+    command = [*before, sys.executable, "-c", script, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+# -----------------------------------------------------------------------------
+# what is saved comes back
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+tensors = st.builds(
+    lambda values, kind: torch.tensor(values).to(kind),
+    st.lists(st.integers(0, 1), max_size=5),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool]),
+)
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False)
+    | st.text()
+    | tensors
+)
+values = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@few
+@given(state=st.dictionaries(st.text(max_size=5), values, max_size=4), step=st.integers(0, 10**9))
+def test_saved_state_comes_back(state, step):
+    with tempfile.TemporaryDirectory() as place:
+        path = runs.save_checkpoint(place, step, state)
+        first = path.read_bytes()
+        loaded = runs.load_checkpoint(path)
+        assert same(loaded, {**state, "step": step})
+        # Saved again, the bytes are the same: two runs can be compared by their files.
+        assert runs.save_checkpoint(place, step, loaded).read_bytes() == first
+
+
+def test_training_state_comes_back(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    runs.save_checkpoint(tmp_path, 1, {name: part.state_dict() for name, part in parts.items()})
+    loaded = runs.load_newest(tmp_path)
+    for name, part in parts.items():
+        part.load_state_dict(loaded[name])
+        assert same(runs.plain(part.state_dict()), loaded[name])
+
+
+def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path):
+    whole = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0))
+    path = runs.save_best(
+        tmp_path, 1, {"row": whole[3], "column": whole[:5, 7], "spread": whole[0, 0].expand(9)}
+    )
+    assert path.stat().st_size < 20_000
+    assert same(runs.load_checkpoint(path)["column"], whole[:5, 7].contiguous())
+
+
+def test_numpy_scalars_become_plain_and_other_objects_are_refused(tmp_path):
+    path = runs.save_best(tmp_path, 1, {"best": np.float32(0.5), "order": OrderedDict(a=np.int64(3))})
+    assert same(runs.load_checkpoint(path), {"best": 0.5, "order": {"a": 3}, "step": 1})
+    with pytest.raises(TypeError, match=r"state\['ids'\]\[1\] is a ndarray"):
+        runs.save_best(tmp_path, 2, {"ids": [1, np.zeros(3)]})
+    assert runs.load_checkpoint(path)["step"] == 1
+
+
+# -----------------------------------------------------------------------------
+# which checkpoint
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [50]), (3, [30, 40, 50]), (0, [10, 20, 30, 40, 50])])
+def test_the_newest_are_kept(folder, keep, left):
+    for step in (30, 40, 50):
+        runs.save_checkpoint(folder, step, state_of(step), keep)
+    assert list(runs.find_checkpoints(folder)) == left
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_a_good_one(folder):
+    runs.save_checkpoint(folder, 30, state_of(30))
+    truncate(runs.checkpoint_path(folder, 30), 100)
+    runs.save_checkpoint(folder, 25, state_of(25), keep=1)
+    assert runs.load_newest(folder)["step"] == 25
+
+
+def test_checkpoint_path(folder):
+    assert runs.checkpoint_path(folder).name == "step-00000020.pt"
+    assert runs.checkpoint_path(folder, 10).name == "step-00000010.pt"
+    runs.save_best(folder, 15, state_of(15))
+    assert runs.checkpoint_path(folder).name == runs.checkpoint_path(folder, 15).name == "best.pt"
+    with pytest.raises(UserError, match=r"no checkpoint of step 7.*can be 10, 20, 15 \(the best\) or -1"):
+        runs.checkpoint_path(folder, 7)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        runs.checkpoint_path(folder / "elsewhere")
+    assert runs.load_newest(folder / "elsewhere") is None
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten_by_accident(folder):
+    for name in ("test.json", "events.out.tfevents.1"):
+        (folder / name).touch()
+    with pytest.raises(UserError, match="--resume"):
+        runs.start_anew(folder)
+    assert list(runs.find_checkpoints(folder)) == [10, 20]
+    runs.start_anew(folder, overwrite=True)
+    assert [path.name for path in folder.iterdir()] == ["checkpoints"]
+    runs.start_anew(folder)
+
+
+# -----------------------------------------------------------------------------
+# damage
+
+
+def truncate(path, length):
+    os.truncate(path, length)
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << position % 8
+    path.write_bytes(data)
+
+
+HEAD = range(runs.PREFIX_BYTES + 8)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.02, 0.5, 0.99, 0.9999])
+def test_truncation_is_noticed_and_the_one_before_taken(folder, share, capsys):
+    path = runs.checkpoint_path(folder, 20)
+    truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(UserError, match="truncated") as error:
+        runs.load_checkpoint(path)
+    assert one_sentence(error)
+    assert runs.load_newest(folder)["step"] == 10
+    assert capsys.readouterr().err.startswith(f"warning: {path} is truncated")
+
+
+@pytest.mark.parametrize("position", [*HEAD, -1, -2, -22, -100, 500, 800, 1000])
+def test_a_flipped_bit_is_noticed(folder, position, capsys):
+    path = runs.checkpoint_path(folder, 20)
+    flip(path, position)
+    with pytest.raises(UserError) as error:
+        runs.load_checkpoint(path)
+    assert one_sentence(error)
+    assert runs.load_newest(folder)["step"] == 10
+    assert capsys.readouterr().err.count("warning") == 1
+
+
+def test_bytes_too_many_are_noticed(folder):
+    path = runs.checkpoint_path(folder, 20)
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(UserError, match="damaged"):
+        runs.load_checkpoint(path)
+
+
+def test_all_damaged_is_an_error(folder):
+    for path in runs.find_checkpoints(folder).values():
+        flip(path, -1)
+    with pytest.raises(UserError, match="no checkpoint in .* can be used"):
+        runs.load_newest(folder)
+
+
+def test_unknown_version_says_so(folder):
+    path = runs.checkpoint_path(folder, 20)
+    write_file(path, payload_of(state_of(20)), version=7)
+    with pytest.raises(UserError, match="format version 7, and this program reads version 1"):
+        runs.load_checkpoint(path)
+
+
+def test_missing_and_wrong_entries_are_named(folder):
+    path = runs.checkpoint_path(folder, 20)
+    assert runs.load_checkpoint(path, {"loop": dict, "weights": torch.Tensor})["step"] == 20
+    with pytest.raises(UserError, match="lacks 'optimizer'"):
+        runs.load_checkpoint(path, {"optimizer": dict})
+    with pytest.raises(UserError, match="holds 'loop' as dict, not list"):
+        runs.load_checkpoint(path, {"loop": list})
+
+
+# -----------------------------------------------------------------------------
+# hostile files
+
+
+class Evil:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def payload_of(state, **options):
+    payload = io.BytesIO()
+    torch.save({"step": 20, **state} if isinstance(state, dict) else state, payload, **options)
+    return payload.getvalue()
+
+
+def write_file(path, payload, version=runs.CHECKPOINT_VERSION, step=20):
+    """A checkpoint file with a right checksum around any payload."""
+    header = runs.HEADER.pack(runs.MAGIC, version, step, len(payload))
+    path.write_bytes(header + hashlib.sha256(header + payload).digest() + payload)
+
+
+def refused(path):
+    with pytest.raises(UserError) as error:
+        runs.load_checkpoint(path)
+    return one_sentence(error)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_code_in_a_pickle_is_not_run(folder, tmp_path, new_format, wrapped):
+    marker, path = tmp_path / "marker", runs.checkpoint_path(folder, 20)
+    payload = payload_of({"weights": Evil(marker)}, _use_new_zipfile_serialization=new_format)
+    write_file(path, payload) if wrapped else path.write_bytes(payload)
+    assert refused(path)
+    assert runs.load_newest(folder)["step"] == 10
+    assert not marker.exists()
+    with contextlib.suppress(Exception):  # the file does what it is said to do
+        torch.load(io.BytesIO(payload), weights_only=False)
+    assert marker.exists()
+
+
+def deflated(payload):
+    """The archive again, with compression."""
+    result = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(payload)) as old,
+        zipfile.ZipFile(result, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    return result.getvalue()
+
+
+def circle():
+    values = []
+    values.append(values)
+    return {"values": values}
+
+
+def doubled(depth):
+    """A list that walks to 10 ** depth values in a few hundred bytes."""
+    values = [0]
+    for _ in range(depth):
+        values = [values] * 10
+    return {"values": values}
+
+
+def nested(depth):
+    values = []
+    for _ in range(depth):
+        values = [values]
+    return {"values": values}
+
+
+HOSTILE = {
+    "a bomb": deflated(payload_of({"weights": torch.zeros(10**6)})),
+    "faked terabytes": payload_of({"weights": torch.zeros(1).expand(10**12)}),
+    "a tensor without memory": payload_of({"weights": torch.empty(10**12, device="meta")}),
+    "a sparse tensor": payload_of({"weights": torch.zeros(4).to_sparse()}),
+    "a list in itself": payload_of(circle()),
+    "exponentially many references": payload_of(doubled(30)),
+    "other objects": payload_of({"weights": {1, 2}, "kind": torch.float32}),
+    "not a dictionary": payload_of([1, 2]),
+    "another step": payload_of({"step": 21}),
+    "no step": payload_of([("step", 20)]),
+    "no archive": b"PK\3\4" + bytes(100),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_payload_with_a_right_checksum_is_refused(folder, name):
+    path = runs.checkpoint_path(folder, 20)
+    write_file(path, HOSTILE[name])
+    assert refused(path)
+    assert runs.load_newest(folder)["step"] == 10
+
+
+def test_what_is_not_a_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    for path in (tmp_path / "pipe", tmp_path, tmp_path / "missing", Path("/dev/zero"), tmp_path / "a\0b"):
+        assert refused(path)
+
+
+# -----------------------------------------------------------------------------
+# fuzz
+
+places = st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0, 1)
+edits = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "set", "cut", "insert", "end"]), places, st.binary(min_size=1, max_size=8)
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def damage(data, edits):
+    """`data` with each (what, place 0..1, bytes) done to it."""
+    data = bytearray(data)
+    for what, place, piece in edits:
+        at = min(int(place * len(data)), max(len(data) - 1, 0))
+        if what == "flip":
+            data[at : at + 1] = bytes(byte ^ (1 << piece[0] % 8) for byte in data[at : at + 1])
+        elif what == "set":
+            data[at : at + len(piece)] = piece
+        elif what == "cut":
+            del data[at : at + len(piece)]
+        elif what == "insert":
+            data[at:at] = piece
+        else:
+            del data[at:]
+    return bytes(data)
+
+
+@fuzz
+@given(edits=edits)
+def test_fuzz_damaged_checkpoint(tmp_path_factory, edits):
+    path = tmp_path_factory.getbasetemp() / "fuzz.pt"
+    write_file(path, payload_of(state_of(20)))
+    data = path.read_bytes()
+    changed = damage(data, edits)
+    path.write_bytes(changed)
+    if changed == data:
+        assert is_whole(runs.load_checkpoint(path))
+    else:
+        assert refused(path)
+
+
+@fuzz
+@given(edits=edits, evil=st.booleans())
+def test_fuzz_damaged_payload_with_a_right_checksum(tmp_path_factory, edits, evil):
+    place = tmp_path_factory.getbasetemp()
+    path, marker = place / "fuzz.pt", place / "marker"
+    write_file(path, damage(payload_of({"weights": Evil(marker)} if evil else state_of(20)), edits))
+    with contextlib.suppress(UserError):  # a changed element of a tensor cannot be known
+        state = runs.load_checkpoint(path)
+        assert not evil
+        assert state["step"] == 20
+    assert not marker.exists()
+
+
+CONFIG = {"options": {"model": "narm", "fold": 3, "lr": 1e-3, "test": False}, "fingerprint": "ab" * 32}
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def use_config(folder):
+    """All that a script does with a config.json; UserError is the only way to fail."""
+    config = runs.read_config(folder)
+    runs.check_fingerprint(config["fingerprint"], CONFIG["fingerprint"], folder)
+    runs.check_resume(config["options"], CONFIG["options"])
+    runs.warn_versions(config)
+
+
+@fuzz
+@given(edits=edits)
+def test_fuzz_damaged_config(tmp_path_factory, edits):
+    place = tmp_path_factory.getbasetemp()
+    runs.write_config(place, CONFIG)
+    path = place / "config.json"
+    path.write_bytes(damage(path.read_bytes(), edits))
+    with contextlib.suppress(UserError):
+        use_config(place)
+
+
+@fuzz
+@given(data=st.data())
+def test_fuzz_config_of_other_values(tmp_path_factory, data):
+    place = tmp_path_factory.getbasetemp()
+    runs.write_config(place, CONFIG)
+    config = runs.read_config(place)
+    for holder in (config, config["options"]):
+        for key in data.draw(st.lists(st.sampled_from(sorted(holder)))):
+            holder[key] = data.draw(json_values)
+            if not isinstance(config["options"], dict):
+                break
+    (place / "config.json").write_text(json.dumps(config))
+    with contextlib.suppress(UserError):
+        use_config(place)
+
+
+# -----------------------------------------------------------------------------
+# faults while writing
+
+
+def assert_unharmed(folder, step=20):
+    assert is_whole(state := runs.load_newest(folder)) and state["step"] == step
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_file_size_limit(folder, tmp_path):
+    def save():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        runs.save_checkpoint(folder, 30, state_of(30, size=20_000))
+
+    assert exit_code(start_child(save, tmp_path / "err")) == 2
+    message = (tmp_path / "err").read_text()
+    assert message.startswith("error: cannot write") and "ulimit" in message and message.count("\n") == 1
+    assert_unharmed(folder)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk(folder):
+    temporary = folder / "checkpoints" / f"step-00000030.pt.{os.getpid()}.tmp"
+    temporary.symlink_to("/dev/full")
+    with pytest.raises(UserError, match="No space left.*what was saved before is whole: make room"):
+        runs.save_checkpoint(folder, 30, state_of(30))
+    assert_unharmed(folder)
+
+
+def test_full_file_system(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount += [f'mount -t tmpfs -o size=300k none "{place}" && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    code = """
+    folder = sys.argv[1]
+    runs.save_checkpoint(folder, 1, {'x': torch.ones(20_000)})
+    runs.write_config(folder, {'options': {}, 'fingerprint': 'a'})
+    for _ in range(2):
+        try:
+            runs.save_checkpoint(folder, 2, {'x': torch.ones(60_000)})
+        except utils.UserError as error:
+            print(error)
+    runs.write_config(folder, {'options': {'x': 1}, 'fingerprint': 'a'})
+    print(runs.load_newest(folder)['x'].sum().item(), runs.read_config(folder)['options'])
+    """
+    done = run_python(code.strip(), place, before=mount)
+    assert done.returncode == 0, done.stderr
+    *errors, last = done.stdout.splitlines()
+    assert len(errors) == 2 and all("No space left" in error for error in errors)
+    assert last == "20000.0 {'x': 1}"
+
+
+def test_log_folder_removed_during_the_run(folder):
+    with runs.lock_folder(folder):
+        shutil.rmtree(folder)
+        with pytest.raises(UserError, match="its folder was removed"):
+            runs.save_checkpoint(folder, 30, state_of(30))
+        with pytest.raises(UserError, match="its folder was removed"):
+            runs.write_config(folder, CONFIG)
+    assert not folder.exists()
+
+
+def test_file_where_a_folder_should_be(tmp_path):
+    (tmp_path / "log").touch()
+    with pytest.raises(UserError, match="cannot write"), runs.lock_folder(tmp_path / "log" / "run"):
+        pass
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        runs.save_checkpoint(tmp_path, 1, state_of(1))
+    assert runs.load_newest(tmp_path) is None
+
+
+@contextlib.contextmanager
+def ordinary_user():
+    """Without the rights of root, which no permission stops."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def shut_folder():
+    """A read-only folder with an unreadable newest checkpoint, in a place where others may look."""
+    with tempfile.TemporaryDirectory() as place:
+        for step in (10, 20, 30):
+            runs.save_checkpoint(place, step, state_of(step))
+        paths = [Path(place), *Path(place).rglob("*")]
+        for path in paths:
+            path.chmod(0o000 if path.name == "step-00000030.pt" else 0o555)
+        yield Path(place)
+        for path in paths:
+            path.chmod(0o755)
+
+
+def test_read_only_folder(shut_folder):
+    with ordinary_user():
+        with (
+            pytest.raises(UserError, match="cannot write .*Permission denied"),
+            runs.lock_folder(shut_folder),
+        ):
+            pass
+        with pytest.raises(UserError, match="Permission denied.*--log_dir"):
+            runs.save_checkpoint(shut_folder, 40, state_of(40))
+        with pytest.raises(UserError, match="Permission denied"):
+            runs.start_anew(shut_folder, overwrite=True)
+    assert_unharmed(shut_folder, step=30)
+
+
+def test_unreadable_files(shut_folder, capsys):
+    with ordinary_user():
+        with pytest.raises(UserError, match="cannot read .*Permission denied"):
+            runs.load_checkpoint(runs.checkpoint_path(shut_folder, 30))
+        assert runs.load_newest(shut_folder)["step"] == 20
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def save_for_ever(folder):
+    with runs.lock_folder(folder), runs.Interruption():
+        for step in count(runs.load_newest(folder)["step"] + 1):
+            runs.save_checkpoint(folder, step, state_of(step, size=20_000))
+            runs.save_best(folder, step, state_of(step, size=20_000))
+
+
+def start_saving(folder, stderr):
+    """A process that saves for ever and has begun to."""
+    before = max(runs.find_checkpoints(folder))
+    process = start_child(lambda: save_for_ever(folder), stderr)
+    wait_until(lambda: max(runs.find_checkpoints(folder)) > before)
+    return process
+
+
+def wait_until(condition):
+    for _ in range(60_000):
+        if condition():
+            return
+        time.sleep(0.001)
+    raise AssertionError("what was waited for did not come")
+
+
+def assert_all_whole(folder):
+    paths = [*runs.find_checkpoints(folder).values(), *folder.glob("checkpoints/best.pt")]
+    assert all(is_whole(runs.load_checkpoint(path)) for path in paths)
+
+
+def test_killed_while_saving(folder, tmp_path):
+    moments = random.Random(1)
+    for _ in range(KILLS):
+        process = start_saving(folder, tmp_path / "err")
+        time.sleep(moments.uniform(0, 0.03))
+        os.kill(process, signal.SIGKILL)
+        assert exit_code(process) == -signal.SIGKILL
+        assert_all_whole(folder)
+        with runs.lock_folder(
+            folder
+        ):  # that of the dead process is taken over, what it left half-written removed
+            assert not list(folder.rglob("*.tmp"))
+
+
+# -----------------------------------------------------------------------------
+# one run at a time
+
+
+def test_second_run_is_refused_with_process_and_host(folder):
+    with runs.lock_folder(folder):
+        done = run_python("with runs.lock_folder(sys.argv[1]): pass", folder)
+        with pytest.raises(UserError, match=f"process {os.getpid()} on host"), runs.lock_folder(folder):
+            pass
+        assert done.returncode == 2
+        assert f"in use by process {os.getpid()} on host {socket.gethostname()}" in done.stderr
+        assert done.stderr.count("\n") == 1
+    with runs.lock_folder(folder):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "999999 {host}\n", "1 {host}\n", "rubbish", "-1 {host}", "\0" * 50])
+def test_stale_lock_of_this_host_is_taken_over(folder, content):
+    (folder / "lock").write_text(content.format(host=socket.gethostname()))
+    with runs.lock_folder(folder):
+        assert (folder / "lock").read_text().split() == [str(os.getpid()), socket.gethostname()]
+    assert (folder / "lock").read_text() == ""
+
+
+def test_lock_of_another_host_is_respected(folder):
+    (folder / "lock").write_text("123 elsewhere\n")
+    message = f"process 123 on host elsewhere.*remove {folder / 'lock'}"
+    with pytest.raises(UserError, match=message), runs.lock_folder(folder):
+        pass
+    assert (folder / "lock").read_text() == "123 elsewhere\n"
+
+
+def test_file_system_without_locks(folder, monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    (folder / "lock").write_text(f"999999999 {socket.gethostname()}\n")  # beyond the largest process id
+    with (
+        runs.lock_folder(folder),
+        pytest.raises(UserError, match="in use by process"),
+        runs.lock_folder(folder),
+    ):
+        pass
+    with runs.lock_folder(folder):
+        pass
+
+
+def test_lock_ends_with_an_exception(folder):
+    with pytest.raises(ZeroDivisionError), runs.lock_folder(folder):
+        raise ZeroDivisionError
+    assert (folder / "lock").read_text() == ""
+
+
+# -----------------------------------------------------------------------------
+# config.json and options
+
+
+def test_config_comes_back_with_what_repeats_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", "--data_path=my ratings.csv"])
+    options = argparse.Namespace(model="narm", scale=(1, 5), path=tmp_path, lr=np.float64(0.1))
+    runs.write_config(tmp_path, {"options": options, "fingerprint": "ab", "parameters": 7})
+    config = runs.read_config(tmp_path)
+    assert config["options"] == {"model": "narm", "scale": [1, 5], "path": str(tmp_path), "lr": 0.1}
+    assert config["command"] == "python main.py '--data_path=my ratings.csv'"
+    assert config["versions"]["torch"] == torch.__version__ and config["versions"]["numpy"] == np.__version__
+    assert config["parameters"] == 7
+    runs.check_resume(config["options"], options)
+
+
+GOOD = {"options": {}, "fingerprint": "a", "versions": {}, "command": "", "format_version": 1}
+BAD_CONFIGS = {
+    "": "not JSON",
+    "{": "not JSON",
+    "\xff": "not JSON",
+    "[" * 100_000: "not JSON",
+    "1" * 5000: "not JSON",
+    "[1]": "no JSON object",
+    "{}": "format version None",
+    json.dumps({**GOOD, "format_version": 2}): "format version 2, and this program reads version 1",
+    json.dumps({**GOOD, "format_version": True}): "format version True",
+    json.dumps({**GOOD, "options": []}): "holds 'options' as list, not dict",
+    json.dumps({**GOOD, "fingerprint": None}): "holds 'fingerprint' as NoneType, not str",
+    json.dumps({key: GOOD[key] for key in GOOD if key != "versions"}): "lacks 'versions'",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_CONFIGS.items(), ids=BAD_CONFIGS.values())
+def test_bad_config(tmp_path, text, message):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=message) as error:
+        runs.read_config(tmp_path)
+    assert one_sentence(error)
+
+
+def test_missing_config(tmp_path):
+    with pytest.raises(UserError, match="config.json does not exist"):
+        runs.read_config(tmp_path)
+
+
+def test_resume_lists_every_difference():
+    old = {"model": "narm", "num_train_iterations": 100, "log_interval": 5, "fold": 1, "gone": 1}
+    runs.check_resume(old, {**old, "num_train_iterations": 200, "log_interval": 7, "device": "cuda"})
+    new = {"model": "sasrec", "num_train_iterations": 50, "log_interval": 7, "fold": True, "added": 2}
+    with pytest.raises(UserError) as error:
+        runs.check_resume(old, new)
+    for part in (
+        "--model was 'narm' and is now 'sasrec'",
+        "--num_train_iterations was 100 and is now 50",
+        "--fold was 1 and is now True",
+        "--gone was 1 and is now not there",
+        "--added was not there and is now 2",
+    ):
+        assert part in str(error.value)
+    assert "log_interval" not in str(error.value)
+
+
+def test_other_data_and_other_versions(capsys):
+    runs.check_fingerprint("abc", "abc", "log")
+    with pytest.raises(UserError, match="log belongs to other data"):
+        runs.check_fingerprint("abc", "abd", "log")
+    runs.warn_versions({"versions": runs.versions()})
+    assert capsys.readouterr().err == ""
+    runs.warn_versions({"versions": {**runs.versions(), "torch": "1.0"}})
+    assert f"torch 1.0 -> {torch.__version__}" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_first_signal_only_asks(number, code):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with runs.Interruption() as stop:
+        assert not stop.requested and stop.exit_code == 0
+        os.kill(os.getpid(), number)
+        assert stop.requested and stop.exit_code == code
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.exit_code == code
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_second_interrupt_stops_at_once_without_harm(folder, tmp_path):
+    for i in range(3):
+        stderr = tmp_path / f"err{i}"
+        process = start_saving(folder, stderr)
+        os.kill(process, signal.SIGTERM)
+        wait_until(lambda file=stderr: "stopping after this iteration" in file.read_text())
+        os.kill(process, signal.SIGTERM)  # asking again changes nothing
+        os.kill(process, signal.SIGINT)
+        assert exit_code(process) == 130
+        assert_all_whole(folder)
+        assert not list(folder.rglob("*.tmp"))
+        assert (folder / "lock").read_text() == ""
+        assert "Traceback" not in stderr.read_text()
