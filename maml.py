@@ -79,6 +79,11 @@ def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
     `tasks` is one task's slice of `dataloader.Tasks`, `tables` its item rows. Where the encoder stays as it is
     (--adapt=head), its states are computed once.
     """
+    return inner_loop(learner, loss_network, rates, tasks, tables, options, second_order)[1:]
+
+
+def inner_loop(learner, loss_network, rates, tasks, tables, options, second_order):
+    """What `adapt` gives, with the adapted parameters {name: tensor} before it."""
     names = adapted_names(learner, options)
     fast = {name: tables[name] if name in tables else learner.get_parameter(name) for name in names}
     states = learner.encode(tasks, tables) if options.adapt == "head" else None
@@ -108,7 +113,7 @@ def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
         fast = {name: value - rates(name, step, count) * gradients[name] for name, value in fast.items()}
         queries.append(query)
         histories.append(history)
-    return torch.stack([*queries, predict(fast)[1]]), histories
+    return fast, torch.stack([*queries, predict(fast)[1]]), histories
 
 
 def position_weights(network, step, history, tasks):
