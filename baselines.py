@@ -1,0 +1,248 @@
+"""Simple rating predictors, scored on the same targets as the learners.
+
+Each is fitted to the training users' ratings alone, has its few constants chosen on the validation users, and
+predicts a rating of a user it has never seen from that user's support. Shapes: T targets, S longest support.
+"""
+
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from metrics import prediction_errors
+from utils import UserError, random_stream
+
+ITEM_DAMPING = (2.0, 5.0, 10.0, 20.0)
+USER_DAMPING = (2.0, 3.0, 5.0, 10.0)
+FACTORS = (10, 20)
+REGULARISATION = (4.0, 8.0, 14.0)
+RIDGE = (0.25, 0.5, 1.0, 2.0)
+VALIDATION_TARGETS = 5  # the constants are chosen on this many last ratings of each validation user
+BLOCK = 4096  # users or items solved for at a time; bounds the memory
+
+
+class Support(NamedTuple):
+    """What is known of the users, and the items to predict. Padding follows the ratings: item -1, value 0."""
+
+    items: np.ndarray  # (T, S) int64, item numbers, oldest first
+    values: np.ndarray  # (T, S) float64
+    target_item: np.ndarray  # (T,) int64
+
+
+def last_support(ratings, users, longest, back=0):
+    """The users' last rating but `back`, and up to `longest` ratings before it: (Support, target (T,)).
+
+    Users who have no such rating are left out.
+    """
+    end = ratings.offsets[users + 1] - 1 - back
+    start, end = np.maximum(ratings.offsets[users], end - longest), end
+    start, end = start[end >= ratings.offsets[users]], end[end >= ratings.offsets[users]]
+    place = start[:, None] + np.arange(longest)
+    inside = place < end[:, None]
+    place = np.minimum(place, end[:, None])
+    items = np.where(inside, ratings.items[place], -1).astype(np.int64)
+    values = np.where(inside, ratings.values[place], 0).astype(np.float64)
+    return Support(items, values, ratings.items[end].astype(np.int64)), ratings.values[end].astype(np.float64)
+
+
+# -----------------------------------------------------------------------------
+# fitting, on training users
+
+
+def training_rows(ratings, train_users):
+    """The training users' ratings: (user 0..n_train - 1, item, value), each (n,)."""
+    length = np.diff(ratings.offsets)
+    rows = np.repeat(np.isin(np.arange(len(length)), train_users), length)
+    user = np.repeat(np.arange(len(train_users)), length[np.sort(train_users)])
+    return user, ratings.items[rows].astype(np.int64), ratings.values[rows].astype(np.float64)
+
+
+def damped_mean(group, values, n_groups, damping):
+    """Sum over count plus damping of each group's values: (n_groups,); 0 where a group has none."""
+    count = np.bincount(group, minlength=n_groups)
+    total = np.bincount(group, values, n_groups)
+    return np.divide(total, count + damping, out=np.zeros(n_groups), where=count > 0)
+
+
+def fit_effects(ratings, train_users, damping=5.0):
+    """Mean of the training ratings, and the items' damped mean deviations from it (n_items,)."""
+    _, item, value = training_rows(ratings, train_users)
+    mean = float(value.mean())
+    return mean, damped_mean(item, value - mean, len(ratings.item_ids), damping)
+
+
+def factorise(ratings, train_users, k, regularisation, sweeps=10, seed=0, damping=(5.0, 10.0)):
+    """Matrix factorisation by alternating least squares of what item and user effects leave.
+
+    Returns (mean, item_effect (n_items,), item_factor (n_items, k)) in units of ratings. The training users'
+    effects and vectors have mean 0 and the vectors covariance 1; the factors are orthogonal, largest first,
+    each with its entry of largest magnitude positive. An item without training ratings has zeros.
+    `damping` is that of the (item, user) effects. The same arguments give the same bits.
+    """
+    user, item, value = training_rows(ratings, train_users)
+    n_users, n_items = len(train_users), len(ratings.item_ids)
+    mean, user_effect = value.mean(), np.zeros(n_users)
+    for _ in range(5):
+        item_effect = damped_mean(item, value - mean - user_effect[user], n_items, damping[0])
+        user_effect = damped_mean(user, value - mean - item_effect[item], n_users, damping[1])
+    rest = value - mean - item_effect[item] - user_effect[user]
+    by_user = sparse.csr_array((rest, (user, item)), shape=(n_users, n_items))
+    by_item = by_user.T.tocsr()
+    item_factor = random_stream(seed).normal(0, 0.1, (n_items, k))
+    for _ in range(sweeps):
+        user_factor = ridge_rows(by_user, item_factor, regularisation)
+        item_factor = ridge_rows(by_item, user_factor, regularisation)
+    centre = user_factor.mean(0)
+    item_effect = item_effect + np.einsum("ik,k->i", item_factor, centre)
+    return float(mean + user_effect.mean()), item_effect, principal_axes(user_factor - centre, item_factor)
+
+
+def ridge_rows(matrix, factor, regularisation):
+    """The ridge regression of each row's stored values on the columns' `factor`: (n_rows, k)."""
+    k = factor.shape[1]
+    one, other = np.triu_indices(k)
+    products = factor[:, one] * factor[:, other]
+    known = sparse.csr_array((np.ones_like(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape)
+    moment = matrix @ factor
+    out = np.empty_like(moment)
+    for start in range(0, len(out), BLOCK):
+        rows = slice(start, start + BLOCK)
+        flat = known[rows] @ products
+        gram = np.empty((len(flat), k, k))
+        gram[:, one, other] = gram[:, other, one] = flat
+        gram += regularisation * np.eye(k)
+        out[rows] = np.linalg.solve(gram, moment[rows, :, None])[..., 0]
+    return out
+
+
+def principal_axes(user_factor, item_factor):
+    """`item_factor` turned as `factorise` says; its products with users' vectors stay what they are.
+
+    einsum and not @: the order in which BLAS adds may depend on the number of threads.
+    """
+    variance, axes = np.linalg.eigh(np.einsum("uk,ul->kl", user_factor, user_factor) / len(user_factor))
+    turned = np.einsum("ik,kl->il", item_factor, axes * np.sqrt(np.maximum(variance, 0)))
+    _, axes = np.linalg.eigh(np.einsum("ik,il->kl", turned, turned))
+    turned = np.einsum("ik,kl->il", turned, axes[:, ::-1])
+    largest = turned[np.abs(turned).argmax(0), np.arange(turned.shape[1])]
+    return turned * np.where(largest < 0, -1.0, 1.0)
+
+
+# -----------------------------------------------------------------------------
+# prediction, from a support
+
+
+def predict_mean(mean, support):
+    """The global mean: (T,)."""
+    return np.full(len(support.target_item), mean)
+
+
+def predict_user_mean(mean, support):
+    """The mean of the user's support ratings, the global mean where there are none: (T,)."""
+    count = (support.items >= 0).sum(1)
+    return np.where(count > 0, support.values.sum(1) / np.maximum(count, 1), mean)
+
+
+def predict_item_effect(mean, item_effect, support):
+    """The item's damped mean: (T,)."""
+    return mean + item_effect[support.target_item]
+
+
+def predict_effects(mean, item_effect, user_damping, support):
+    """Mean + item effect + the user's damped mean deviation from these in the support: (T,)."""
+    known = support.items >= 0
+    rest = np.where(known, support.values - mean - item_effect[support.items], 0)
+    user_effect = rest.sum(1) / np.maximum(known.sum(1) + user_damping, 1e-9)
+    return mean + item_effect[support.target_item] + user_effect
+
+
+def predict_factors(mean, item_effect, item_factor, ridge, user_damping, support):
+    """A factorisation's predictions (T,); user effect and vector by ridge regression on the support."""
+    known = support.items >= 0
+    rest = np.where(known, support.values - mean - item_effect[support.items], 0)
+    design = np.concatenate([item_factor, np.ones((len(item_factor), 1))], axis=1)
+    rows = design[support.items] * known[..., None]
+    penalty = np.append(np.full(item_factor.shape[1], ridge), user_damping)
+    gram = np.einsum("tsk,tsl->tkl", rows, rows) + np.diag(penalty)
+    user = np.linalg.solve(gram, np.einsum("tsk,ts->tk", rows, rest)[..., None])[..., 0]
+    return mean + item_effect[support.target_item] + np.einsum("tk,tk->t", design[support.target_item], user)
+
+
+# -----------------------------------------------------------------------------
+# all of them
+
+
+def candidates(ratings, train_users):
+    """Every predictor that may be chosen, fitted: (name, constants, function of a `Support`)."""
+    effects = {damping: fit_effects(ratings, train_users, damping) for damping in ITEM_DAMPING}
+    mean, _ = effects[ITEM_DAMPING[0]]
+    yield "global mean", {}, partial(predict_mean, mean)
+    yield "user mean", {}, partial(predict_user_mean, mean)
+    for item_damping, fitted in effects.items():
+        yield "item effect", dict(item_damping=item_damping), partial(predict_item_effect, *fitted)
+        for user_damping in USER_DAMPING:
+            constants = dict(item_damping=item_damping, user_damping=user_damping)
+            yield "user + item effects", constants, partial(predict_effects, *fitted, user_damping)
+    for k, regularisation in product(FACTORS, REGULARISATION):
+        fitted = factorise(ratings, train_users, k, regularisation)
+        for ridge, user_damping in product(RIDGE, USER_DAMPING):
+            constants = dict(k=k, regularisation=regularisation, ridge=ridge, user_damping=user_damping)
+            yield "matrix factorisation", constants, partial(predict_factors, *fitted, ridge, user_damping)
+
+
+def fit_baselines(ratings, train_users, validation_users, max_seq_len):
+    """The best of each kind on the validation users: ({name: function of a `Support`}, {name: constants})."""
+    pairs = [last_support(ratings, validation_users, max_seq_len - 1, b) for b in range(VALIDATION_TARGETS)]
+    supports, targets = zip(*pairs, strict=True)
+    support = Support(*(np.concatenate(parts) for parts in zip(*supports, strict=True)))
+    target, best = np.concatenate(targets), {}
+    for name, constants, predictor in candidates(ratings, train_users):
+        error = np.mean(prediction_errors(target, predictor(support), ratings.low, ratings.high) ** 2)
+        if name not in best or error < best[name][0]:
+            best[name] = error, constants, predictor
+    return {name: entry[2] for name, entry in best.items()}, {name: entry[1] for name, entry in best.items()}
+
+
+def score_baselines(ratings, train_users, validation_users, test_users, max_seq_len, shots=()):
+    """Predictions of the test users' last ratings: ({name: (1 + len(shots), T)}, {name: constants chosen}).
+
+    The first row is from up to `max_seq_len` - 1 ratings of support; the others from the last 1, 2, ... that
+    `shots` lists. Nothing is clipped to the scale.
+    """
+    predictors, chosen = fit_baselines(ratings, train_users, validation_users, max_seq_len)
+    longest = max_seq_len - 1
+    supports = [last_support(ratings, test_users, min(n, longest))[0] for n in (longest, *shots)]
+    return {name: np.stack([predict(s) for s in supports]) for name, predict in predictors.items()}, chosen
+
+
+def lenskit_predictions(ratings, train_users, support, damping, k, regularisation, seed=0):
+    """LensKit's bias model and its biased ALS, an independent implementation: {"bias": (T,), "als": (T,)}.
+
+    `damping` is (item, user). Unlike ours, its ALS splits the effects off in one pass, keeps the new user's
+    effect while solving for the vector, and multiplies `regularisation` by the number of ratings.
+    """
+    try:
+        from lenskit import als, basic, data, training
+    except ImportError as error:
+        raise UserError(f"LensKit cannot be imported ({error}); pip install lenskit==2025.8.1") from error
+    columns = zip(("user_id", "item_id", "rating"), training_rows(ratings, train_users), strict=True)
+    damping = dict(zip(("item", "user"), damping, strict=True))
+    scorers = {
+        "bias": basic.BiasScorer(damping=damping),
+        "als": als.BiasedMFScorer(embedding_size=k, regularization=regularisation, damping=damping),
+    }
+
+    def predict(scorer, items, values, target):
+        history = data.ItemList(item_ids=items[items >= 0], rating=values[items >= 0])
+        return scorer(data.RecQuery(history_items=history), data.ItemList(item_ids=[target])).scores()[0]
+
+    table = data.from_interactions_df(pd.DataFrame(dict(columns)))
+    for scorer in scorers.values():
+        scorer.train(table, training.TrainingOptions(rng=seed))
+    rows = list(zip(*support, strict=True))
+    found = {name: np.array([predict(scorer, *row) for row in rows]) for name, scorer in scorers.items()}
+    # an item or user without ratings has no vector in LensKit's ALS: what remains is the bias model
+    return found | {"als": np.where(np.isfinite(found["als"]), found["als"], found["bias"])}
