@@ -7,7 +7,9 @@ What is in a data set, before and after the filters; then a file of your own, wi
 """
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -231,7 +233,7 @@ def write_cache(place, content, ratings, notes):
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         if not place.parent.stat().st_mode & 0o200:
-            raise PermissionError(13, "the folder is read-only")  # for root too
+            raise PermissionError(errno.EACCES, "the folder is read-only")  # for root too
         with part.open("w+b") as file:
             file.write(bytes(64) + b"\n" + json.dumps(header).encode() + b"\n")
             for array in arrays.values():
@@ -243,8 +245,10 @@ def write_cache(place, content, ratings, notes):
             file.write(digest.encode())
         os.replace(part, place)
     except OSError as error:
-        part.unlink(missing_ok=True)
         say(f"parsed data is not kept in {place.parent} ({error.strerror}); --cache_dir gives another place")
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def read_cache(place, content):

@@ -111,14 +111,14 @@ def json_layout(path, line, columns):
 
 def delimited_layout(path, head, columns, sep):
     """The `Layout` of delimited text by its first lines."""
-    lines = head.split("\n")[:1000]
+    lines = [line for line in head.split("\n")[:1000] if line.strip()]
     sep, cells = split_first(path, lines[0], sep)
     header = not any(is_number(cell) for cell in cells)
     if header or columns:
         places, name = choose_columns(path, cells if header else [""] * len(cells), columns)
     else:
-        places, name = unnamed_columns(path, [split(line, sep) for line in lines if line], sep)
-    rows = [split(line, sep) for line in lines[header : header + 1] if line]
+        places, name = unnamed_columns(path, [split(line, sep) for line in lines], sep)
+    rows = [split(line, sep) for line in lines[header : header + 1]]
     dated = (
         bool(rows)
         and places[3] is not None

@@ -203,17 +203,18 @@ def parse_clean(block, layout, scale):
     dtypes = {user: "category", item: "category", rating: "float32"}
     dtypes |= dict.fromkeys(time, "category" if layout.dated else "float64")
     try:
-        frame = pd.read_csv(
-            io.BytesIO(block),
-            sep=layout.sep[0],
-            header=None,
-            usecols=list(dtypes),
-            dtype=dtypes,
-            na_filter=False,
-            quoting=csv.QUOTE_NONE,
-            float_precision="round_trip",
-            low_memory=False,
-        )
+        with np.errstate(over="ignore"):  # what is too large for float32 is infinite, and refused below
+            frame = pd.read_csv(
+                io.BytesIO(block),
+                sep=layout.sep[0],
+                header=None,
+                usecols=list(dtypes),
+                dtype=dtypes,
+                na_filter=False,
+                quoting=csv.QUOTE_NONE,
+                float_precision="round_trip",
+                low_memory=False,
+            )
     except (ValueError, OverflowError):
         return None
     between = len(frame) * (layout.width - 1)
@@ -238,7 +239,7 @@ def parse_careful(block, line, layout, scale):
     starts = np.array([start for start, _ in rows], np.int64)
     cells = [cells or ("",) * 4 for _, cells in rows]
     users, items, ratings, times = zip(*cells, strict=True) if cells else ((),) * 4
-    with np.errstate(over="ignore"):  # what is too large for float32 is infinite, and refused
+    with np.errstate(over="ignore"):
         ratings = parse_numbers(ratings).astype(np.float32)
     times = None if layout.places[3] is None else parse_times(times)
     part = make_part(factorise(users), factorise(items), ratings, times, scale)
@@ -310,8 +311,9 @@ def coded(column):
 
 def factorise(texts):
     """(codes, distinct texts) of a sequence of texts."""
-    codes, distinct = pd.factorize(np.array([text.strip() for text in texts], dtype=object))
-    return codes, list(distinct)
+    numbers = {}  # pandas' own ends a text at a zero byte
+    codes = [numbers.setdefault(text.strip(), len(numbers)) for text in texts]
+    return np.array(codes, np.int64), list(numbers)
 
 
 def parse_numbers(texts):

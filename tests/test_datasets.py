@@ -1,0 +1,635 @@
+"""Rating files of every layout and fault, filters, scales, cache and the command line.
+
+MELO_FUZZ_EXAMPLES sets how many damaged files the fuzz test tries (200).
+"""
+
+import argparse
+import bz2
+import gzip
+import io
+import itertools
+import lzma
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import datasets
+import layouts
+import readers
+from options import add_data_options
+from utils import UserError, run_script
+
+FUZZ_EXAMPLES = int(os.environ.get("MELO_FUZZ_EXAMPLES", 200))
+ROOT = Path(__file__).parents[1]
+SECOND = 1_400_000_000
+
+# user, item, rating, seconds
+NUMBERS = [
+    (3, 20, 4.0, SECOND + 5),
+    (1, 10, 5.0, SECOND),
+    (3, 10, 1.0, SECOND + 2),
+    (-7, 2**62, 2.0, SECOND + 9),
+]
+NAMES = [
+    ("AWUSERID00001", "B000000001", 4.0, SECOND + 5),
+    ("AWUSERID00002", "000X000002", 5.0, SECOND),
+    ("AWUSERID00001", "000X000002", 1.0, SECOND + 2),
+]
+
+
+def lines(pattern, rows=NUMBERS, header=""):
+    """Rows as text; fields of the pattern: u, i, r, n (whole rating), t, m (milliseconds), d (date)."""
+    texts = [header] if header else []
+    for u, i, r, t in rows:
+        date = str(np.datetime64(t, "s")).replace("T", " ")
+        texts.append(pattern.format(u=u, i=i, r=r, n=int(r), t=t, m=1000 * t + 7, d=date))
+    return "\n".join(texts) + "\n"
+
+
+LONG = r'"text": "Says \"great\", {{braces}} \\ \u00e9\n, \"overall\": 9", '
+LAYOUTS = {
+    "ml-100k": lines("{u}\t{i}\t{n}\t{t}"),
+    "ml-1m": lines("{u}::{i}::{n}::{t}"),
+    "ml-10m": lines("{u}::{i}::{r}::{t}"),
+    "ml-25m": lines("{u},{i},{r},{t}", header="userId,movieId,rating,timestamp"),
+    "sample": lines("{u},{i},{n},{t}", header="user_id,item_id,rating,timestamp"),
+    "amazon original": lines("{u},{i},{n},{t}", header="reviewerID,product_id,rating,date"),
+    "amazon 2014 ratings": lines("{u},{i},{r},{t}", NAMES),
+    "amazon 2018 ratings": lines("{i},{u},{r},{t}", NAMES),
+    "amazon 2014 reviews": lines(
+        '{{"reviewerID": "{u}", "asin": "{i}", ' + LONG + '"overall": {r}, "unixReviewTime": {t}}}', NAMES
+    ),
+    "amazon 2023 ratings": lines("{u},{i},{r},{m}", NAMES, "user_id,parent_asin,rating,timestamp"),
+    "amazon 2023 reviews": lines(
+        '{{"rating": {r}, '
+        + LONG
+        + '"asin": "X", "parent_asin": "{i}", "user_id": "{u}", "timestamp": {m}}}',
+        NAMES,
+    ),
+    "yelp reviews": lines(
+        '{{"user_id": "{u}", "business_id": "{i}", "stars": {r}, ' + LONG + '"date": "{d}"}}'
+    ),
+    "yelp original": lines("{n},{u},{i},{d}", header="stars,user_id,business_id,timestamp"),
+}
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+def zipped(members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return file.getvalue()
+
+
+def save(folder, content, name="ratings.csv"):
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def rows_of(table):
+    return list(zip(*(column.tolist() for column in table), strict=True))
+
+
+def data_options(**values):
+    parser = argparse.ArgumentParser()
+    add_data_options(parser)
+    options = parser.parse_args([])
+    vars(options).update({"mode": "csv", "min_item": 1, "min_sequence": 1} | values)
+    return options
+
+
+# -----------------------------------------------------------------------------
+# Layouts
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_as_published_gives_the_same_rows(tmp_path, name, suffix):
+    path = save(tmp_path, COMPRESS[suffix](LAYOUTS[name].encode()), f"data{suffix}")
+    expected = NAMES if name.startswith("amazon 20") else NUMBERS
+    for mode in (name.split()[0], None):
+        assert rows_of(readers.read_table(path, mode)) == expected
+
+
+def test_line_ends_byte_order_mark_and_blank_lines_change_nothing(tmp_path):
+    for name, text in LAYOUTS.items():
+        changed = b"\xef\xbb\xbf\r\n" + text.replace("\n", "\r\n").encode() + b"\r\n\r\n"
+        expected = NAMES if name.startswith("amazon 20") else NUMBERS
+        assert rows_of(readers.read_table(save(tmp_path, changed), name.split()[0])) == expected
+        assert rows_of(readers.read_table(save(tmp_path, text.rstrip("\n")), name.split()[0])) == expected
+
+
+def test_a_zip_is_read_by_its_member_of_a_known_name_or_its_only_one(tmp_path):
+    text = LAYOUTS["ml-1m"]
+    for archive in (zipped({"ml-1m/ratings.dat": text, "ml-1m/README": "-"}), zipped({"mine": text})):
+        assert rows_of(readers.read_table(save(tmp_path, archive), "ml-1m")) == NUMBERS
+    with pytest.raises(UserError, match="holds ml-1m/README, ml-1m/users.dat, not one ratings file"):
+        readers.read_table(save(tmp_path, zipped({"ml-1m/README": "-", "ml-1m/users.dat": "-"})))
+
+
+def test_parquet_gives_the_same_rows(tmp_path):
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "ratings.parquet"
+    for rows in (NUMBERS, NAMES):
+        frame = pd.DataFrame(rows, columns=["user", "item", "score", "when"])
+        seconds = frame["when"]
+        for times in (seconds, seconds * 1000, pd.to_datetime(seconds, unit="s"), seconds.astype("float")):
+            frame.assign(when=times, more="text").to_parquet(path)
+            table = readers.read_table(path, "parquet", "user:user,item:item,rating:score,time:when")
+            assert rows_of(table) == rows
+    with pytest.raises(UserError, match="columns user, item, score, when, more: which is the rating"):
+        readers.read_table(path)
+
+
+@pytest.mark.parametrize("sep", [",", ";", "\t", "|", " ", "::", "||"])
+def test_any_separator_is_found_or_taken_as_given(tmp_path, sep):
+    path = save(tmp_path, lines(sep.join(["{t}", "{i}", "x", "{u}", "{r}"])))
+    for given_sep in (sep, None) if sep != "||" else (sep,):
+        table = readers.read_table(path, "csv", "user:3,item:1,rating:4,time:0", given_sep)
+        assert rows_of(table) == NUMBERS
+
+
+def test_columns_by_name_dates_quotes_and_no_time(tmp_path):
+    text = (
+        'when,who,"how, much",what\n2020-01-02,"a ""b"", c",1.5,é\n2020-01-01T00:00:10Z,"two\nlines",2,é é\n'
+    )
+    path = save(tmp_path, text)
+    day = 1577836800
+    expected = [('a "b", c', "é", 1.5, day + 86400), ("two\nlines", "é é", 2.0, day + 10)]
+    assert rows_of(readers.read_table(path, "csv", "user:who,item:what,rating:2,time:0")) == expected
+    columns, notes = readers.read_columns(path, "csv", "user:who,item:what,rating:2")
+    assert columns.times.tolist() == [0, 1] and "no time column" in notes[0]
+
+
+def test_ids_are_integers_only_where_all_are(tmp_path):
+    def ids(*texts):
+        rows = "".join(f"{text},1,2,3\n" for text in texts)
+        return readers.read_table(save(tmp_path, "user,item,rating,time\n" + rows)).users.tolist()
+
+    assert ids("5", "-9", str(2**63 - 1), str(-(2**63))) == [5, -9, 2**63 - 1, -(2**63)]
+    assert ids("5", "007", "7") == ["5", "007", "7"]
+    assert ids("5", str(2**63)) == ["5", str(2**63)]
+    assert ids("5", "1_0", "١") == ["5", "1_0", "١"]
+
+
+# -----------------------------------------------------------------------------
+# Blocks and the two parsers
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_characters='\0\r\n",:'), min_size=1, max_size=8)
+ids = st.one_of(st.integers(-(2**63), 2**63 - 1).map(str), texts.filter(str.strip))
+numbers = st.floats(-1e6, 1e6).map(repr)
+rows = st.lists(st.tuples(ids, ids, numbers, st.integers(0, 2**33).map(str)), min_size=1, max_size=20)
+
+
+@given(rows, st.sampled_from([",", "::", "\t"]))
+@settings(max_examples=100, deadline=None)
+def test_both_parsers_agree_on_clean_rows(rows, sep):
+    rows = [row for row in rows if sep not in "".join(row)]
+    block = "".join(sep.join(row) + "\n" for row in rows).encode()
+    layout = layouts.Layout("csv", (0, 1, 2, 3), sep, 4)
+    clean, careful = readers.parse_clean(block, layout, None), readers.parse_careful(block, 1, layout, None)
+    assert not careful.problems.any()
+    if rows:
+        for codes, texts in (clean.users, careful.users):
+            assert [texts[code] for code in codes] == [row[0].strip() for row in rows]
+        for name in ("ratings", "times"):
+            np.testing.assert_array_equal(getattr(clean, name), getattr(careful, name))
+
+
+@given(st.lists(st.sampled_from(['a"b', '"', "x,1", "\n", '"q\nq"', "\r\n"]), max_size=30), st.integers(1, 9))
+def test_blocks_are_the_file_cut_at_line_ends(pieces, size):
+    content = "".join(pieces).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "BLOCK", size)
+        try:
+            found = list(readers.blocks("file", io.BytesIO(content), lambda: None))
+        except UserError:
+            return  # a line longer than a block
+    assert b"".join(block for _, block in found) == content
+    assert all(block.endswith(b"\n") for _, block in found[:-1])
+    assert [line for line, _ in found] == [
+        1 + content[: sum(len(block) for _, block in found[:i])].count(b"\n") for i in range(len(found))
+    ]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_small_blocks_give_the_same_rows_and_line_numbers(tmp_path, monkeypatch, name):
+    head, tail = LAYOUTS[name], LAYOUTS[name].splitlines(keepends=True)[-1]
+    path = save(tmp_path, head + 50 * tail)
+    whole = rows_of(readers.read_table(path))
+    monkeypatch.setattr(readers, "BLOCK", 2 * max(map(len, head.splitlines())))
+    assert rows_of(readers.read_table(path)) == whole
+    n_lines = head.count("\n") + 50
+    with pytest.raises(UserError, match=f"line {n_lines + 1}: 'broken'"):
+        readers.read_table(save(tmp_path, head + 50 * tail + "broken\n" + tail))
+
+
+def test_a_block_ends_outside_of_quotes(tmp_path, monkeypatch):
+    text = "user,item,rating\n" + "".join(f'"u\n{i}",i,{i}\n' for i in range(40))
+    monkeypatch.setattr(readers, "BLOCK", 20)
+    assert readers.read_table(save(tmp_path, text)).users.tolist() == [f"u\n{i}" for i in range(40)]
+
+
+# -----------------------------------------------------------------------------
+# Bad input
+
+ML, CSV = "1::2::3::4\n", "user,item,rating,time\n1,2,3,4\n"
+FAULTS = {  # content, mode, what is said
+    "a word for a rating": (ML + "1::2::x::4\n", "ml-1m", "line 2: '1::2::x::4': its rating is not a number"),
+    "no number": (ML + "1::2::nan::4\n", "ml-1m", "line 2: .* its rating is not a number"),
+    "an infinite rating": (CSV + "1,2,inf,4\n", "csv", "line 3: .* its rating is not a number"),
+    "a rating beyond float32": (CSV + "1,2,1e39,4\n", "csv", "line 3: .* its rating is not a number"),
+    "a column too few": (CSV + "\n1,2,3\n", "csv", "line 4: '1,2,3': it does not have the expected columns"),
+    "a column too many": (CSV + "1,2,3,4,5\n", "csv", "line 3: .* expected columns"),
+    "a column moved": (ML + "1:9:2::3::4\n", "ml-1m", "line 2: .* expected columns"),
+    "no user": (CSV + " ,2,3,4\n", "csv", "line 3: .* its user id is empty"),
+    "a whole text for an item": (
+        CSV + f"1,{'x' * 999},3,4\n",
+        "csv",
+        "line 3: .* its item id is empty, too long",
+    ),
+    "an item that is not UTF-8": (CSV.encode() + b"1,\xff,3,4\n", "csv", "line 3: .* or not text"),
+    "a user with a zero byte": (CSV + "1\0,2,3,4\n", "csv", "line 3: .* or not text"),
+    "a word for a time": (CSV + "1,2,3,now\n", "csv", "line 3: .* its time is neither"),
+    "a time without end": (CSV + "1,2,3,1e30\n", "csv", "line 3: .* its time is neither"),
+    "a quote without end": (CSV + '"1,2,3,4\n' + "1,2,3,4\n", "csv", "line 3: '\"1,2,3,4'"),
+    "a lone carriage return": (CSV + "1,2,3\r,4\n", "csv", "line 3"),
+    "JSON cut off": (LAYOUTS["yelp reviews"] + '{"user_id": "a', "yelp", "line 5: .* expected columns"),
+    "JSON without a key": (LAYOUTS["yelp reviews"] + "{}\n", "yelp", "line 5: '{}': it does not have"),
+    "JSON of true and false": (
+        LAYOUTS["yelp reviews"] + LAYOUTS["yelp reviews"].split("\n")[0].replace("4.0", "true"),
+        "yelp",
+        "line 5: .* expected columns",
+    ),
+    "deep JSON": (LAYOUTS["yelp reviews"] + "[" * 100_000, "yelp", "line 5: '\\[\\["),
+    "a JSON array": ("[{}]", "yelp", "is one JSON array"),
+    "other JSON": ('{"a": 1}\n', "yelp", "has the columns a: which is the user and the item and the rating"),
+    "an empty file": ("", "csv", "is empty"),
+    "an empty gzip": (gzip.compress(b""), "csv", "it is empty"),
+    "a header only": ("userId,movieId,rating,timestamp\n", "ml-25m", "a header alone"),
+    "a web page": ("<!DOCTYPE html><html>404", "ml-1m", "is a web page"),
+    "a gzip cut off": (
+        gzip.compress(ML.encode() * 99)[:-9],
+        "ml-1m",
+        "is damaged or was not copied completely",
+    ),
+    "a damaged xz": (lzma.compress(ML.encode())[:20], "ml-1m", "is damaged"),
+    "a damaged bzip2": (b"BZh9" + bytes(30), "ml-1m", "is damaged"),
+    "a damaged zip": (zipped({"ratings.dat": ML})[:-9], "ml-1m", "is damaged"),
+    "a damaged Parquet": (b"PAR1" + bytes(50), "parquet", "as Parquet"),
+    "UTF-16": (CSV.encode("utf-16"), "csv", "is not text in UTF-8"),
+    "a program": (b"\x7fELF\0\0\0", "csv", "is not text in UTF-8"),
+    "old Mac line ends": (CSV.replace("\n", "\r"), "csv", "bare carriage return"),
+    "prose": ("Dear all\n", "csv", "has 1 column.* 'Dear all'"),
+    "another layout": (LAYOUTS["ml-100k"], "ml-1m", "but four columns separated by tabs; use --mode=ml-100k"),
+    "another data set": (LAYOUTS["amazon original"], "yelp", "but Amazon reviews; use --mode=amazon"),
+    "another format": (CSV, "parquet", "use --mode=csv"),
+    "columns of other names": (
+        "a,b,rating\n1,2,3\n",
+        "ml-25m",
+        "the columns a, b, rating: which is the user and the item",
+    ),
+    "columns without names": ("1,2,3,4\n", "amazon", "no header; say which are which"),
+    "an unknown mode": (CSV, "ml-2m", "--mode=ml-2m is not known; it is one of ml-100k, "),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_told_in_one_sentence(tmp_path, fault):
+    content, mode, said = FAULTS[fault]
+    with pytest.raises(UserError, match=said) as error:
+        readers.read_table(save(tmp_path, content), mode)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("columns", "sep", "said"),
+    [
+        ("user:a,item:item,rating:rating", None, "has no column 'a'; it has user, item, rating, time"),
+        ("user:0,item:1,rating:4", None, "has no column '4'"),
+        ("user:0,item:1", None, "is not user:U,item:I,rating:R"),
+        ("user:0,item:0,rating:2", None, "names a column twice"),
+        (None, ";", "has 1 column.* its separator seems to be ','"),
+        (None, "ab", "--sep=ab is not a separator"),
+        (None, "", "is not a separator"),
+    ],
+)
+def test_a_wrong_option_is_told_in_one_sentence(tmp_path, columns, sep, said):
+    with pytest.raises(UserError, match=said):
+        readers.read_table(save(tmp_path, CSV), "csv", columns, sep)
+
+
+def test_bad_rows_are_dropped_up_to_one_in_a_hundred(tmp_path):
+    good = "".join(f"{user},1,2,3\n" for user in range(396))
+    path = save(tmp_path, CSV + "1,2,bad,4\n" + good + 3 * "bad\n" + "5,5,5,5\n")
+    columns, notes = readers.read_columns(path, "csv", skip_bad_rows=True)
+    assert len(columns.users) == 398 and "bad" not in columns.user_ids
+    assert "dropped 4 of 402 rows" in notes[0]
+    assert all(f"line {line}: " in notes[0] for line in (3, 400, 401)) and "line 402" not in notes[0]
+    with pytest.raises(UserError, match="5 of 403 rows cannot be read, more than the 1%"):
+        readers.read_table(save(tmp_path, path.read_text() + "bad\n"), skip_bad_rows=True)
+
+
+def test_a_given_scale_is_kept_to(tmp_path):
+    path = save(tmp_path, lines("{u}::{i}::{n}::{t}"))
+    assert len(readers.read_columns(path, scale=(1, 5))[0].users) == 4
+    with pytest.raises(UserError, match="line 3: .*outside --rating_scale"):
+        readers.read_columns(path, scale=(1.5, 5))
+
+
+def damage(content, edits):
+    """Content with some bytes written over, cut out or put in."""
+    for place, cut, put in edits:
+        place %= len(content) + 1
+        content = content[:place] + put + content[place + cut :]
+    return content
+
+
+bits = st.one_of(
+    st.binary(max_size=6), st.sampled_from([b"\n", b'"', b"::", b",", b"\t", b"{", b"\r", b"9" * 40, b"nan"])
+)
+edits = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 40), bits), max_size=4)
+wholes = [text.encode() for text in LAYOUTS.values()]
+packed = [
+    pack(whole)
+    for whole, pack in zip(
+        wholes,
+        itertools.cycle([gzip.compress, bz2.compress, lzma.compress, lambda text: zipped({"a": text})]),
+    )
+]
+contents = st.one_of(
+    st.binary(max_size=200),
+    st.builds(damage, st.sampled_from(wholes), edits),
+    st.builds(damage, st.sampled_from(packed), edits),
+)
+
+
+@given(
+    contents,
+    st.sampled_from([None, *layouts.MODE_LAYOUT]),
+    st.booleans(),
+    st.sampled_from([None, "user:0,item:1,rating:2"]),
+)
+@settings(max_examples=FUZZ_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_bytes_are_a_table_or_one_sentence(tmp_path, content, mode, skip, columns):
+    path = save(tmp_path, content)
+    columns = columns if mode in (None, "csv", "parquet") else None
+    try:
+        table = readers.read_table(path, mode, columns, None, skip)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert len({len(column) for column in table}) == 1 and len(table.users) > 0
+    assert np.isfinite(table.ratings).all()
+
+
+# -----------------------------------------------------------------------------
+# From rows to ratings
+
+
+def plain_ratings(rows, min_item, min_sequence):
+    """The definition, in plain Python: (user, item, rating, time)s -> {user: [(item, rating, time), ...]}."""
+    last = {}
+    for place, (user, item, rating, time) in enumerate(rows):
+        if (user, item) not in last or time >= last[user, item][0]:
+            last[user, item] = (time, place, rating)
+    ordered = sorted(
+        (user, time, place, item, rating) for (user, item), (time, place, rating) in last.items()
+    )
+    for key, least in ((3, min_item), (0, min_sequence)):
+        count = [row[key] for row in ordered]
+        ordered = [row for row in ordered if count.count(row[key]) >= least]
+    users = {}
+    for user, time, _, item, rating in ordered:
+        users.setdefault(user, []).append((item, rating, time))
+    return users
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(-3, 3),
+            st.integers(0, 4),
+            st.integers(0, 3),
+            st.integers(0, 2),
+        ),
+        min_size=1,
+        max_size=40,
+    ),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+def test_ratings_are_those_of_the_definition(tmp_path, rows, min_item, min_sequence):
+    text = "user,item,rating,time\n" + "".join("{},{},{},{}\n".format(*row) for row in rows)
+    options = data_options(
+        data_path=save(tmp_path, text), min_item=min_item, min_sequence=min_sequence, rating_scale="0:3"
+    )
+    expected = plain_ratings(rows, min_item, min_sequence)
+    if not expected:
+        with pytest.raises(UserError, match="the filters leave nothing: the file has .* lower --min_"):
+            datasets.load_ratings(options)
+        return
+    ratings = datasets.load_ratings(options)
+    found = {}
+    for number, user in enumerate(ratings.user_ids.tolist()):
+        part = slice(ratings.offsets[number], ratings.offsets[number + 1])
+        items = ratings.item_ids[ratings.items[part]].tolist()
+        found[user] = list(
+            zip(items, ratings.values[part].tolist(), ratings.times[part].tolist(), strict=True)
+        )
+    assert found == expected and list(found) == sorted(found)
+    assert ratings.item_ids.tolist() == sorted({item for user in expected.values() for item, _, _ in user})
+    assert ratings.levels.tolist() == sorted(
+        {row[2] for row in rows}
+        & {value for user in plain_ratings(rows, 0, 0).values() for _, value, _ in user}
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high", "n_levels"),
+    [
+        ([1, 5, 3], 1, 5, 3),
+        ([0.5, 5, 4.5], 0.5, 5, 3),
+        (range(11), 0, 10, 11),
+        (np.linspace(-10, 10, 101), -10, 10, 10),
+    ],
+)
+def test_the_scale_is_that_of_the_data(values, low, high, n_levels):
+    found_low, found_high, levels = datasets.rating_scale(np.array(values, np.float32))
+    assert (found_low, found_high, len(levels)) == (low, high, n_levels)
+    assert (np.diff(levels) > 0).all() and low <= levels[0] and levels[-1] <= high
+    assert datasets.rating_scale(np.array(values, np.float32), (-20.0, 20.0))[:2] == (-20, 20)
+
+
+def test_one_rating_alone_needs_a_scale():
+    with pytest.raises(UserError, match="every rating is 4; give the scale"):
+        datasets.rating_scale(np.full(3, 4, np.float32))
+    for text in ("5", "5:1", "a:b", "1:nan", "1:inf", "1:1"):
+        with pytest.raises(UserError, match="is not LOW:HIGH"):
+            datasets.parse_scale(text)
+
+
+def test_times_that_are_far_apart_are_sorted_too():
+    times = np.array([8e18, -8e18, 0, 8e18], np.int64)
+    users = np.array([1, 1, 0, 1], np.int32)
+    columns = readers.Columns(users, np.arange(4, dtype=np.int32), times, times, np.arange(2), np.arange(4))
+    assert datasets.sort_rows(columns).items.tolist() == [2, 1, 0, 3]
+
+
+def test_the_fingerprint_tells_data_apart(tmp_path):
+    def fingerprint(text, **values):
+        return datasets.load_ratings(data_options(data_path=save(tmp_path, text), **values)).fingerprint
+
+    text = "user,item,rating,time\n1,1,3,1\n1,2,4,2\n2,1,5,3\n"
+    same = "user,item,rating,time\n2,1,5,3\n1,1,3,1\n1,2,4,2\n"
+    assert fingerprint(text) == fingerprint(same)
+    others = [
+        text.replace(*pair)
+        for pair in (("2,1,5,3", "2,1,5,4"), ("2,1,5", "2,1,6"), ("2,1,5", "2,2,5"), ("\n2", "\n3"))
+    ]
+    found = [fingerprint(text), *map(fingerprint, others), fingerprint(text, rating_scale="1:9")]
+    assert len(set(found)) == len(found)
+
+
+# -----------------------------------------------------------------------------
+# Cache
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """Options of a data file that is cached, and the list of files that were parsed."""
+    monkeypatch.setattr(datasets, "CACHE_FROM", 0)
+    parsed = []
+    read = datasets.read_columns
+    monkeypatch.setattr(datasets, "read_columns", lambda *given: parsed.append(given) or read(*given))
+    path = save(tmp_path, lines("{u},{i},{r},{t}", NAMES + NAMES, header="user,item,rating,time"))
+    return data_options(data_path=str(path)), parsed
+
+
+def assert_same(first, second):
+    for name, value in vars(first).items():
+        np.testing.assert_array_equal(value, getattr(second, name))
+        assert np.asarray(value).dtype == np.asarray(getattr(second, name)).dtype
+
+
+def test_the_cache_gives_what_was_parsed_and_says_it_again(cached, capsys):
+    options, parsed = cached
+    first, said = datasets.load_ratings(options), capsys.readouterr().err
+    second, again = datasets.load_ratings(options), capsys.readouterr().err
+    assert len(parsed) == 1 and said == again and "dropped 3 ratings" in said
+    assert_same(first, second)
+    for ratings in (first, second):
+        with pytest.raises(ValueError, match="read-only"):
+            ratings.values[0] = 1
+
+
+def test_other_content_or_options_are_parsed_anew(cached, tmp_path):
+    options, parsed = cached
+    first = datasets.load_ratings(options)
+    options.min_sequence = 2
+    assert datasets.load_ratings(options).user_ids.tolist() == ["AWUSERID00001"]
+    options.min_sequence = 1
+    path = Path(options.data_path)
+    before = path.stat()
+    path.write_text(path.read_text().replace(",4.0,", ",3.0,"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert datasets.load_ratings(options).fingerprint != first.fingerprint
+    assert len(parsed) == 3
+    assert len(list(tmp_path.glob("*.cache"))) == 2 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_damaged_cache_is_not_trusted(cached, tmp_path):
+    options, parsed = cached
+    first = datasets.load_ratings(options)
+    (cache,) = tmp_path.glob("*.cache")
+    whole = cache.read_bytes()
+    for place in range(0, len(whole), len(whole) // 20):
+        for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]):
+            cache.write_bytes(damaged)
+            count = len(parsed)
+            assert_same(datasets.load_ratings(options), first)
+            assert len(parsed) == count + 1 and cache.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(cached, tmp_path, capsys):
+    options, parsed = cached
+    options.cache_dir = str(save(tmp_path, "", "file"))
+    assert_same(datasets.load_ratings(options), datasets.load_ratings(options))
+    assert len(parsed) == 2 and "--cache_dir gives another place" in capsys.readouterr().err
+    options.cache_dir = str(tmp_path / "new" / "folder")
+    assert_same(datasets.load_ratings(options), datasets.load_ratings(options))
+    assert len(parsed) == 3 and len(list(Path(options.cache_dir).iterdir())) == 1
+
+
+# -----------------------------------------------------------------------------
+# The data table
+
+
+def test_the_command_prints_the_data_table_and_a_picture(tmp_path):
+    text = "user,item,rating,time\n" + "1,a,1,0\n1,b,2,0\n1,c,2,86400\n2,a,1,5\n2,a,2,9\n3,c,2,7\n"
+    path = save(tmp_path, text)
+    options = [
+        "--mode=csv",
+        f"--data_path={path}",
+        "--min_item=2",
+        "--min_sequence=2",
+        "--max_seq_len=2",
+        "--plot=p.png",
+    ]
+    command = [sys.executable, ROOT / "datasets.py", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr
+    table = [line.split() for line in done.stdout.splitlines()]
+    for expected in (
+        ["users", "3", "1"],
+        ["items", "3", "2"],
+        ["ratings", "5", "2"],
+        ["mean", "length", "1.667", "2.000"],
+        ["mean", "length,", "last", "2", "1.333", "2.000"],
+        ["balance", "score", "0.722", "1.000"],
+        ["share", "of", "ties", "0.400", "0.000"],
+        ["first", "day", "1970-01-01", "1970-01-01"],
+        ["scale", "1", "to", "2,", "levels", "1", "2"],
+    ):
+        assert expected in table
+    assert "dropped 1 ratings of an item that the same user rated again later" in done.stdout
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mode=yelp"], "there is no file Data/yelp/.* get it from https://www.yelp.com/dataset"),
+        (
+            ["--mode=ml-1m", "--data_path=my.dat"],
+            "there is no file my.dat; leave out --data_path to download it",
+        ),
+        (["--mode=csv"], "--mode=csv needs --data_path"),
+        (["--data_path=u.data"], "use --mode=ml-100k"),
+        (
+            ["--mode=ml-100k", "--data_path=u.data", "--min_item=1", "--plot=no/p.png"],
+            "--plot=no/p.png cannot be",
+        ),
+    ],
+)
+def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+    save(tmp_path, LAYOUTS["ml-100k"].replace("-7", "3"), "u.data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["datasets.py", *arguments, "--min_sequence=2"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(datasets.main)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1 and re.search(f"^error: .*{said}", printed)
