@@ -27,10 +27,8 @@ def query_mask(tasks):
 
 def masked_softmax(scores, mask):
     """Softmax over the last dimension where `mask` holds; all zeros where it holds nowhere."""
-    scores = scores.masked_fill(~mask, -torch.inf)
-    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min).detach()
-    weights = (scores - top).exp()
-    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    hidden = (~mask).to(scores.dtype) * torch.finfo(scores.dtype).min
+    return (scores + hidden).softmax(-1) * mask
 
 
 class Attention(nn.Module):
