@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers import Attention, history_mask, query_mask
+from models.layers import Attention, Norm, history_mask, query_mask
 
 
 class BERT4Rec(nn.Module):
@@ -18,7 +18,7 @@ class BERT4Rec(nn.Module):
         super().__init__()
         self.hidden = options.bert_hidden_units
         self.position = nn.Embedding(options.max_seq_len, self.hidden)  # 0 is the query
-        self.norm = nn.LayerNorm(self.hidden)
+        self.norm = Norm(self.hidden)
         self.blocks = nn.ModuleList(
             BERTBlock(self.hidden, options.bert_num_heads) for _ in range(options.bert_num_blocks)
         )
@@ -41,7 +41,7 @@ class BERTBlock(nn.Module):
         super().__init__()
         self.attention = Attention(hidden, heads)
         self.widen, self.narrow = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
-        self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.norm1, self.norm2 = Norm(hidden), Norm(hidden)
 
     def feed(self, x, attended):
         x = self.norm1(x + attended)

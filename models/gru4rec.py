@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from models.layers import GRU, run_layers
+from models.layers import GRU, Norm, run_layers
 
 
 class GRU4Rec(nn.Module):
@@ -14,7 +14,7 @@ class GRU4Rec(nn.Module):
         super().__init__()
         self.hidden = options.gru4rec_hidden_size
         self.layers = nn.ModuleList(GRU(self.hidden, self.hidden) for _ in range(options.gru4rec_n_layers))
-        self.norm = nn.LayerNorm(self.hidden)
+        self.norm = Norm(self.hidden)
 
     def forward(self, history, query, tasks):
         """history (R, S, D), query (Q, D) -> states of the same shapes."""

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models.layers import GRU, history_mask, query_mask, run_layers
+from models.layers import GRU, Norm, history_mask, query_mask, run_layers
 
 
 class NARM(nn.Module):
@@ -22,7 +22,7 @@ class NARM(nn.Module):
         self.at_target, self.at_past = nn.Linear(hidden, hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
         self.similarity = nn.Linear(hidden, 1, bias=False)
         self.decode = nn.Linear(2 * hidden, hidden, bias=False)
-        self.norm = nn.LayerNorm(hidden)
+        self.norm = Norm(hidden)
 
     def weights(self, target, past):
         """a_tj of targets (..., N, D) on the past (..., M, D): (..., N, M)"""

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers import Attention, history_mask, query_mask
+from models.layers import Attention, Norm, history_mask, query_mask
 
 
 class SASRec(nn.Module):
@@ -18,7 +18,7 @@ class SASRec(nn.Module):
         self.blocks = nn.ModuleList(
             SASBlock(self.hidden, options.bert_num_heads) for _ in range(options.bert_num_blocks)
         )
-        self.norm = nn.LayerNorm(self.hidden)
+        self.norm = Norm(self.hidden)
         nn.init.normal_(self.position.weight, std=0.02)
 
     def forward(self, history, query, tasks):
@@ -38,7 +38,7 @@ class SASBlock(nn.Module):
         super().__init__()
         self.attention = Attention(hidden, heads)
         self.first, self.second = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
-        self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.norm1, self.norm2 = Norm(hidden), Norm(hidden)
 
     def feed(self, x, attended):
         x = x + attended
