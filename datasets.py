@@ -134,7 +134,12 @@ def take_rows(columns, rows):
 def find_duplicates(columns):
     """(n,) whether the same user rates the same item in a later row."""
     pairs = columns.users * np.int64(len(columns.item_ids)) + columns.items
-    return pd.Series(pairs).duplicated(keep="last").to_numpy()
+    twice = np.zeros(len(pairs), bool)
+    ranked = np.sort(pairs)
+    if (ranked[1:] == ranked[:-1]).any():
+        order = np.argsort(pairs, kind="stable")
+        twice[order[:-1]] = pairs[order[1:]] == pairs[order[:-1]]
+    return twice
 
 
 def filter_rows(columns, options):

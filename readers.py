@@ -1,7 +1,7 @@
 """Rating files of any layout, plain or compressed -> columns of users, items, ratings and times.
 
-Text is read in blocks of whole lines. pandas' C parser takes a block that is clean; a careful reader takes
-any other, and says which row is wrong and why. Both give the same columns for the same rows.
+Text is read in blocks of whole lines. Arrow's parser takes a block that is clean; a careful reader takes any
+other, and says which row is wrong and why. Both give the same columns for the same rows.
 """
 
 import bz2
@@ -20,12 +20,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow
+from pyarrow import csv as arrow_csv
+from pyarrow import parquet
 from tqdm import tqdm
 
 from layouts import check_mode, check_options, choose_columns, parse_json, recognise
 from utils import UserError
 
 BLOCK = 1 << 25  # bytes of text parsed at a time
+ID_TEXT = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
 LONGEST_ID = 128  # characters
 BAD_SHARE = 0.01  # of the rows that --skip_bad_rows may drop
 PROBLEMS = (
@@ -37,6 +41,7 @@ PROBLEMS = (
     "its rating is outside --rating_scale",
     "its time is neither a number nor a date",
 )
+LONE_RETURN = re.compile(b"\r(?!\n)")
 UNUSABLE = re.compile("[\0\ud800-\udfff]")  # in an id; bytes that are not UTF-8 were decoded to the latter
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
@@ -195,41 +200,28 @@ def text_parts(path, pieces, mode, columns, sep, scale):
 
 
 def parse_clean(block, layout, scale):
-    """The `Part` of a block whose rows are all as they should be, by pandas' C parser; None for any other."""
-    if not layout.sep or b'"' in block or b"\0" in block or block.count(b"\r") != block.count(b"\r\n"):
+    """The `Part` of a block whose rows are all as they should be, by Arrow's parser; None for any other."""
+    if not layout.sep or b'"' in block or LONE_RETURN.search(block):
         return None
     step = len(layout.sep)
-    user, item, rating, *time = (place * step for place in layout.places if place is not None)
-    dtypes = {user: "category", item: "category", rating: "float32"}
-    dtypes |= dict.fromkeys(time, "category" if layout.dated else "float64")
+    names = [str(place) for place in range((layout.width - 1) * step + 1)]
+    used = [names[place * step] for place in layout.places if place is not None]
+    kinds = [ID_TEXT, ID_TEXT, "float64", ID_TEXT if layout.dated else "float64"]
     try:
-        with np.errstate(over="ignore"):  # what is too large for float32 is infinite, and refused below
-            frame = pd.read_csv(
-                io.BytesIO(block),
-                sep=layout.sep[0],
-                header=None,
-                usecols=list(dtypes),
-                dtype=dtypes,
-                na_filter=False,
-                quoting=csv.QUOTE_NONE,
-                float_precision="round_trip",
-                low_memory=False,
-            )
-    except (ValueError, OverflowError):
+        table = arrow_csv.read_csv(
+            pyarrow.BufferReader(block),
+            arrow_csv.ReadOptions(column_names=names, block_size=len(block)),
+            arrow_csv.ParseOptions(delimiter=layout.sep[0], quote_char=False),
+            arrow_csv.ConvertOptions(
+                include_columns=used, column_types=dict(zip(used, kinds, strict=False)), null_values=[]
+            ),
+        )
+    except pyarrow.ArrowException:
         return None
-    between = len(frame) * (layout.width - 1)
-    if block.count(layout.sep.encode()) != between or block.count(layout.sep[0].encode()) != between * step:
+    if step > 1 and block.count(layout.sep.encode()) != len(table) * (layout.width - 1):
         return None
-    times = clean_times(frame[time[0]], layout) if time else None
-    part = make_part(coded(frame[user]), coded(frame[item]), frame[rating].to_numpy(), times, scale)
+    part = parse_batch([column.combine_chunks() for column in table.columns], 0, scale)
     return None if part.problems.any() else part
-
-
-def clean_times(column, layout):
-    if not layout.dated:
-        return column.to_numpy()
-    codes, texts = coded(column)
-    return parse_times(texts)[codes]
 
 
 def parse_careful(block, line, layout, scale):
@@ -262,8 +254,8 @@ def delimited_rows(text, layout):
         except StopIteration:
             return
         except csv.Error:
-            cells = [""]
-        if cells:
+            cells = ["unreadable"]
+        if len(cells) > 1 or "".join(cells).strip():
             whole = len(cells) == width and not any(cells[i] for i in range(width) if i % step)
             yield start, tuple(cells[place] for place in places) if whole else None
 
@@ -304,11 +296,6 @@ def usable(codes, texts):
     return np.append(good, False)[codes]  # code -1: no id at all
 
 
-def coded(column):
-    """(codes, texts) of a categorical column."""
-    return column.array.codes, [text.strip() for text in column.array.categories]
-
-
 def factorise(texts):
     """(codes, distinct texts) of a sequence of texts."""
     numbers = {}  # pandas' own ends a text at a zero byte
@@ -340,11 +327,6 @@ def parse_times(texts):
 def parquet_parts(path, columns, scale):
     """The `Part`s of a Parquet file's batches of rows."""
     try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path} is a Parquet file; reading it needs pyarrow: pip install pyarrow") from None
-    try:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
         places, _ = choose_columns(path, names, columns)
@@ -363,7 +345,7 @@ def parquet_parts(path, columns, scale):
 def parse_batch(columns, first, scale):
     """The `Part` of Arrow columns user, item, rating and perhaps time, whose first row is number `first`."""
     user, item, rating, *time = columns
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # what is too large for float32 is infinite, and refused
         ratings = arrow_numbers(rating).astype(np.float32)
     times = arrow_times(time[0]) if time else None
     part = make_part(arrow_ids(user), arrow_ids(item), ratings, times, scale)
@@ -380,6 +362,7 @@ def arrow_ids(column):
 
 
 def arrow_numbers(column):
+    """An Arrow column of numbers as float64; NaN where there is none."""
     return column.cast("float64", safe=False).to_numpy(zero_copy_only=False)
 
 
@@ -387,10 +370,10 @@ def arrow_times(column):
     """Seconds (float64) of an Arrow column of times, dates, text or numbers."""
     kind = str(column.type)
     if "string" in kind:
-        return parse_times(["" if text is None else text for text in column.to_pylist()])
+        codes, texts = arrow_ids(column)
+        return np.append(parse_times(texts), np.nan)[codes]
     if kind.startswith(("timestamp", "date")):
-        column = column.cast("timestamp[ms]", safe=False).cast("int64")
-        return arrow_numbers(column) / 1000
+        return arrow_numbers(column.cast("timestamp[ms]", safe=False).cast("int64")) / 1000
     return arrow_numbers(column)
 
 

@@ -139,7 +139,6 @@ def test_a_zip_is_read_by_its_member_of_a_known_name_or_its_only_one(tmp_path):
 
 
 def test_parquet_gives_the_same_rows(tmp_path):
-    pytest.importorskip("pyarrow")
     path = tmp_path / "ratings.parquet"
     for rows in (NUMBERS, NAMES):
         frame = pd.DataFrame(rows, columns=["user", "item", "score", "when"])
