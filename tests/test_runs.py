@@ -440,6 +440,7 @@ def test_fuzz_damaged_checkpoint(tmp_path_factory, edits):
         assert refused(path)
 
 
+@pytest.mark.filterwarnings("error")
 @fuzz
 @given(edits=edits, evil=st.booleans())
 def test_fuzz_damaged_payload_with_a_right_checksum(tmp_path_factory, edits, evil):
@@ -469,23 +470,28 @@ def use_config(folder):
     runs.warn_versions(config)
 
 
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory):
+    """A folder with a config.json, and the bytes of it."""
+    place = tmp_path_factory.mktemp("configured")
+    runs.write_config(place, CONFIG)
+    return place, (place / "config.json").read_bytes()
+
+
 @fuzz
 @given(edits=edits)
-def test_fuzz_damaged_config(tmp_path_factory, edits):
-    place = tmp_path_factory.getbasetemp()
-    runs.write_config(place, CONFIG)
-    path = place / "config.json"
-    path.write_bytes(damage(path.read_bytes(), edits))
+def test_fuzz_damaged_config(configured, edits):
+    place, data = configured
+    (place / "config.json").write_bytes(damage(data, edits))
     with contextlib.suppress(UserError):
         use_config(place)
 
 
 @fuzz
 @given(data=st.data())
-def test_fuzz_config_of_other_values(tmp_path_factory, data):
-    place = tmp_path_factory.getbasetemp()
-    runs.write_config(place, CONFIG)
-    config = runs.read_config(place)
+def test_fuzz_config_of_other_values(configured, data):
+    place, whole = configured
+    config = json.loads(whole)
     for holder in (config, config["options"]):
         for key in data.draw(st.lists(st.sampled_from(sorted(holder)))):
             holder[key] = data.draw(json_values)
