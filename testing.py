@@ -28,7 +28,7 @@ def load_system(path, options, problem=None):
     stored = option_module.restore(state["options"], given, path)
     problem = problem or training.load_problem(stored)
     runs.check_fingerprint(state["fingerprint"], problem.ratings.fingerprint, path)
-    system = training.build_system(problem, stored, factorise=False)
+    system = training.build_system(problem, stored, fresh=False)
     training.load_parameters(system, state["system"], path)
     return system.to(choose_device(options.device)), stored, problem
 
@@ -102,7 +102,7 @@ def simple_predictors(problem, options, scored):
     """`figures` of each simple predictor on the same targets, by name."""
     users = problem.train, problem.validation, scored.user
     predictions, _ = baselines.score_baselines(problem.ratings, *users, options.max_seq_len)
-    return {name: figures(scored, prediction, problem.ratings) for name, prediction in predictions.items()}
+    return {name: figures(scored, prediction[0], problem.ratings) for name, prediction in predictions.items()}
 
 
 def print_table(reports):
