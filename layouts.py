@@ -106,7 +106,8 @@ def json_layout(path, line, columns):
         raise UserError(f"{path}, line 1: '{line[:80]}' is not a JSON object")
     keys = list(record)
     places, name = choose_columns(path, keys, columns)
-    return Layout(name, tuple(None if place is None else keys[place] for place in places))
+    keys = tuple(None if place is None else keys[place] for place in places)
+    return Layout(name, keys, dated=isinstance(record.get(keys[3]), str))
 
 
 def delimited_layout(path, head, columns, sep):

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import pyarrow
 from pyarrow import csv as arrow_csv
+from pyarrow import json as arrow_json
 from pyarrow import parquet
 from tqdm import tqdm
 
@@ -200,28 +201,48 @@ def text_parts(path, pieces, mode, columns, sep, scale):
 
 
 def parse_clean(block, layout, scale):
-    """The `Part` of a block whose rows are all as they should be, by Arrow's parser; None for any other."""
-    if not layout.sep or b'"' in block or LONE_RETURN.search(block):
+    """The `Part` of a block whose rows are all as they should be, by Arrow's parsers; None for any other."""
+    try:
+        columns = clean_delimited(block, layout) if layout.sep else clean_json(block, layout)
+        part = columns and parse_batch(columns, 0, scale)
+    except (pyarrow.ArrowException, UnicodeDecodeError):
+        return None
+    return part if part and not part.problems.any() else None
+
+
+def clean_delimited(block, layout):
+    """Arrow columns of a block of delimited text; None or `ArrowException` where it needs care."""
+    if b'"' in block or LONE_RETURN.search(block):
         return None
     step = len(layout.sep)
     names = [str(place) for place in range((layout.width - 1) * step + 1)]
     used = [names[place * step] for place in layout.places if place is not None]
     kinds = [ID_TEXT, ID_TEXT, "float64", ID_TEXT if layout.dated else "float64"]
-    try:
-        table = arrow_csv.read_csv(
-            pyarrow.BufferReader(block),
-            arrow_csv.ReadOptions(column_names=names, block_size=len(block)),
-            arrow_csv.ParseOptions(delimiter=layout.sep[0], quote_char=False),
-            arrow_csv.ConvertOptions(
-                include_columns=used, column_types=dict(zip(used, kinds, strict=False)), null_values=[]
-            ),
-        )
-    except pyarrow.ArrowException:
-        return None
+    table = arrow_csv.read_csv(
+        pyarrow.BufferReader(block),
+        arrow_csv.ReadOptions(column_names=names, block_size=len(block)),
+        arrow_csv.ParseOptions(delimiter=layout.sep[0], quote_char=False),
+        arrow_csv.ConvertOptions(
+            include_columns=used, column_types=dict(zip(used, kinds, strict=False)), null_values=[]
+        ),
+    )
     if step > 1 and block.count(layout.sep.encode()) != len(table) * (layout.width - 1):
         return None
-    part = parse_batch([column.combine_chunks() for column in table.columns], 0, scale)
-    return None if part.problems.any() else part
+    return [column.combine_chunks() for column in table.columns]
+
+
+def clean_json(block, layout):
+    """Arrow columns of a block of JSON lines; None or `ArrowException` where it needs care."""
+    kinds = ["string", "string", "float64", "string" if layout.dated else "float64"]
+    fields = [(key, kind) for key, kind in zip(layout.places, kinds, strict=True) if key is not None]
+    table = arrow_json.read_json(
+        pyarrow.BufferReader(block),
+        arrow_json.ReadOptions(block_size=len(block)),
+        arrow_json.ParseOptions(explicit_schema=pyarrow.schema(fields), unexpected_field_behavior="ignore"),
+    )
+    if len(table) != block.count(b"\n") + (not block.endswith(b"\n")):
+        return None
+    return [table[key].combine_chunks() for key, _ in fields]
 
 
 def parse_careful(block, line, layout, scale):
