@@ -34,6 +34,7 @@ PAPER_FORM = {
     "task_info_lr": 1e-2,
     "lstm_lr": 1e-1,
     "weight_decay": 0.0,
+    "average": 0.0,
     "gru4rec_n_layers": 2,
     "pretrain_epochs": 100,
 }
@@ -106,9 +107,17 @@ def add_data_options(parser):
     add("min_item", 50, count(0), "keep items with at least this many ratings")
     add("min_sequence", 5, count(2), "then keep users with at least this many ratings")
     add("rating_scale", None, str, "rating scale; default: found from the data", metavar="LOW:HIGH")
-    add("columns", None, str, "columns of --mode=csv or parquet, by name or 0-based position", metavar="user:U,item:I,...")
+    add(
+        "columns",
+        None,
+        str,
+        "columns of --mode=csv or parquet, by name or 0-based position",
+        metavar="user:U,item:I,...",
+    )
     add("sep", None, str, "column separator of --mode=csv; default: found from the first line")
-    parser.add_argument("--skip_bad_rows", action="store_true", help="drop up to 1 %% unreadable rows, and say which")
+    parser.add_argument(
+        "--skip_bad_rows", action="store_true", help="drop up to 1 %% unreadable rows, and say which"
+    )
     add("data_url", None, str, "mirror to download the data set from")
     add("cache_dir", None, str, "folder for parsed data; default: beside the data")
 
@@ -132,19 +141,41 @@ def add_task_options(parser):
     add("max_seq_len", 30, count(2), "ratings of a user that are used: the target and the support before it")
     add("num_samples", 1, count(1), "support windows a task; the first is the whole support")
     add("min_sub_window_size", 2, count(1), "least ratings in a support window")
-    add("num_query_set", 5, count(1), "most queries a task in training; evaluation has one, the last rating")
-    add("full_support", 0.5, real(0, 1), "share of training tasks with all the support there is; others get a random part")
-    add("num_masks", 4, count(2), "BERT4Rec with rating input: each support rating is hidden in one of this many copies")
+    add("num_query_set", 10, count(1), "most queries a task in training; evaluation has one, the last rating")
+    add(
+        "full_support",
+        0.5,
+        real(0, 1),
+        "share of training tasks with all the support there is; others get a random part",
+    )
+    add(
+        "num_masks",
+        4,
+        count(2),
+        "BERT4Rec with rating input: each support rating is hidden in one of this many copies",
+    )
 
 
 def add_learner_options(parser):
     add = group(parser, "learner")
     add("model", "bert4rec", str, "sequence encoder", choices=["bert4rec", "sasrec", "narm", "gru4rec"])
-    add("head", "joint", str, "joint: effects, factors and sequence state; plain: the state alone", choices=["joint", "plain"])
+    add(
+        "head",
+        "joint",
+        str,
+        "joint: effects, factors and sequence state; plain: the state alone",
+        choices=["joint", "plain"],
+    )
     add("use_rating_input", False, true_or_false, "let the encoder read ratings, not items alone")
-    add("num_factors", 16, count(1), "width of item factors and user vector (joint head)")
-    add("init_items", "als", str, "start of item effects and factors (joint head): matrix factorisation or random", choices=["als", "random"])
-    add("als_regularisation", 5.0, real(1e-6), "ridge of that factorisation")
+    add("num_factors", 8, count(1), "width of item factors and user vector (joint head)")
+    add(
+        "init_items",
+        "factors",
+        str,
+        "start of item effects and factors (joint head)",
+        choices=["factors", "random"],
+    )
+    add("factor_prior", 10.0, real(1e-6), "factors: pseudo-ratings that pull each item's factors to 0")
     add("model_init_seed", 5, count(0, 2**32 - 1), "seed of the initial weights")
     add("bert_num_blocks", 2, count(1), "blocks of BERT4Rec and SASRec")
     add("bert_num_heads", 4, count(1), "attention heads of BERT4Rec and SASRec")
@@ -159,14 +190,41 @@ def add_learner_options(parser):
 def add_inner_options(parser):
     add = group(parser, "inner loop")
     add("num_inner_steps", 5, count(1), "gradient steps on a user's support ratings")
-    add("adapt", "head", str, "what the steps move: the head's user parameters or everything", choices=["head", "all"])
-    add("inner_lr", 0.1, real(1e-9), "start of the inner rates, in units of the inverse curvature")
+    add(
+        "adapt",
+        "head",
+        str,
+        "what the steps move: the head's user parameters or everything",
+        choices=["head", "all"],
+    )
+    add("inner_lr", 0.05, real(1e-9), "start of the inner rates, in units of the inverse curvature")
     add("use_learnable_params", True, true_or_false, "learn the inner rates and dampings")
-    add("inner_rates", "element", str, "one learned rate and step per tensor or per element", choices=["tensor", "element"])
-    add("inner_damping", 4.0, real(0), "start of lambda in gradient / (n + lambda), in ratings; 0 = mean loss, not learned")
-    add("use_second_order", None, true_or_false, "differentiate through the steps; default: unless multi-step and adaptive loss are both off")
-    add("use_multi_step", True, true_or_false, "multi-step loss: queries are scored after every inner step, annealed to the last")
-    add("multi_step_loss_num_epochs", 200, count(1), "iterations over which the multi-step loss is annealed")
+    add(
+        "inner_rates",
+        "element",
+        str,
+        "one learned rate and step per tensor or per element",
+        choices=["tensor", "element"],
+    )
+    add(
+        "inner_damping",
+        4.0,
+        real(0),
+        "start of lambda in gradient / (n + lambda), in ratings; 0 = mean loss, not learned",
+    )
+    add(
+        "use_second_order",
+        None,
+        true_or_false,
+        "differentiate through the steps; default: unless multi-step and adaptive loss are both off",
+    )
+    add(
+        "use_multi_step",
+        True,
+        true_or_false,
+        "multi-step loss: queries are scored after every inner step, annealed to the last",
+    )
+    add("multi_step_loss_num_epochs", 300, count(1), "iterations over which the multi-step loss is annealed")
 
 
 def add_loss_options(parser):
@@ -189,7 +247,7 @@ def add_loss_options(parser):
 
 def add_outer_options(parser):
     add = group(parser, "outer loop")
-    add("num_train_iterations", 600, count(0), "meta-iterations")
+    add("num_train_iterations", 300, count(0), "meta-iterations")
     add("batch_size", 128, count(1), "tasks an iteration")
     add("task_chunk", 0, count(0), "tasks held in memory at once; 0 = all")
     add("outer_lr", 3e-3, real(1e-9), "learning rate of the learner, falling as a cosine")
@@ -202,13 +260,24 @@ def add_outer_options(parser):
     add("lstm_lr", 1e-2, real(0), "learning rate of the lstm loss network")
     add("warmup", 50, count(1), "iterations over which all rates rise")
     add("weight_decay", 0.01, real(0), "decoupled weight decay of the encoder")
+    add(
+        "average",
+        0.98,
+        real(0, 0.9999),
+        "decay of the running mean of the weights that is validated and tested; 0 = the last weights",
+    )
     add("clip_norm", 5.0, real(1e-9), "largest norm of the meta-gradient")
 
 
 def add_pretrain_options(parser):
     add = group(parser, "pretraining")
     add("pretraining_batch_size", 128, count(1), "tasks an iteration of pretrain.py")
-    add("pretrain_epochs", 20, count(1), "passes over the training users, where --num_train_iterations is not given")
+    add(
+        "pretrain_epochs",
+        20,
+        count(1),
+        "passes over the training users, where --num_train_iterations is not given",
+    )
     add("pretraining_lr", 3e-3, real(1e-9), "learning rate of pretrain.py")
     add("load_pretrained_embedding", False, true_or_false, "start from the pretrained item tables")
     add("load_pretrained", False, true_or_false, "start from all pretrained weights")
@@ -226,13 +295,20 @@ def add_run_options(parser):
     add("checkpoint_step", -1, count(-1), "checkpoint for --test; -1 = the best of validation")
     add("device", "auto", str, "where to compute", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--test", action="store_true", help="evaluate a checkpoint on the test users")
-    parser.add_argument("--test_baseline", action="store_true", help="with --test: the simple predictors beside it")
+    parser.add_argument(
+        "--test_baseline", action="store_true", help="with --test: the simple predictors beside it"
+    )
 
 
 def build_parser(description, *parts):
     parser = Parser(description=description, allow_abbrev=False)
     add = group(parser, "preset")
-    add("paper_form", False, true_or_false, "set all options below to the published method's; given ones still count")
+    add(
+        "paper_form",
+        False,
+        true_or_false,
+        "set all options below to the published method's; given ones still count",
+    )
     for part in parts:
         part(parser)
     return parser
@@ -281,7 +357,9 @@ def restore(stored, given, source):
     if odd := sorted(known.keys() ^ stored.keys()):
         raise UserError(f"{source} was written by another version ({', '.join(odd)} differ): train again")
     options = argparse.Namespace(**{**stored, **given})
-    wrong = [name for name, value in known.items() if value is not None and not same_kind(value, stored[name])]
+    wrong = [
+        name for name, value in known.items() if value is not None and not same_kind(value, stored[name])
+    ]
     if wrong:
         raise UserError(f"{source} holds a wrong value for {', '.join(wrong)}: use another checkpoint")
     check(options)
@@ -304,9 +382,13 @@ def check(options):
     if options.fold >= options.num_folds:
         raise UserError(f"--fold={options.fold} must be below --num_folds={options.num_folds}")
     if options.min_sub_window_size >= options.max_seq_len:
-        raise UserError(f"--min_sub_window_size={options.min_sub_window_size} must be below --max_seq_len={options.max_seq_len}")
+        raise UserError(
+            f"--min_sub_window_size={options.min_sub_window_size} must be below --max_seq_len={options.max_seq_len}"
+        )
     if options.min_outer_lr > options.outer_lr:
-        raise UserError(f"--min_outer_lr={options.min_outer_lr} must not be above --outer_lr={options.outer_lr}")
+        raise UserError(
+            f"--min_outer_lr={options.min_outer_lr} must not be above --outer_lr={options.outer_lr}"
+        )
     if options.use_second_order is None:
         options.use_second_order = options.use_multi_step or options.use_adaptive_loss
 

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import baselines
 import dataloader
 import datasets
+import factor_analysis
 import maml
 import metrics
 import runs
@@ -42,22 +43,26 @@ def load_problem(options):
     sequences, mean, std = dataloader.standardise(ratings, train)
     usable = [dataloader.usable_users(sequences, users) for users in (train, validation, test)]
     if not all(len(users) for users in usable):
-        raise UserError("the split leaves no users to train, validate or test on; lower --num_test_data or the filters")
+        raise UserError(
+            "the split leaves no users to train, validate or test on; lower --num_test_data or the filters"
+        )
     return Problem(ratings, sequences, *usable, mean, std)
 
 
-def build_system(problem, options, factorise=True):
-    """A fresh `maml.MetaLearner`; with `factorise`, --init_items=als starts its item tables from the training users."""
-    ratings, start, counts = problem.ratings, None, None
-    if factorise and options.head == "joint" and options.init_items == "als":
-        _, effect, factor = baselines.factorise(
-            ratings, problem.train, options.num_factors, options.als_regularisation, seed=options.model_init_seed
+def build_system(problem, options, fresh=True):
+    """A `maml.MetaLearner`; a fresh one's item tables start from the training users with --init_items=factors."""
+    ratings, n_items, start, counts = problem.ratings, len(problem.ratings.item_ids), None, None
+    if fresh and options.head == "joint" and options.init_items == "factors":
+        start = factor_analysis.fit(
+            problem.sequences, problem.train, n_items, options.num_factors, options.factor_prior,
+            seed=options.model_init_seed,
+        )  # fmt: skip
+        of_train = np.repeat(
+            np.isin(np.arange(len(ratings.user_ids)), problem.train), np.diff(ratings.offsets)
         )
-        start = effect / problem.std, factor / problem.std
-        of_train = np.repeat(np.isin(np.arange(len(ratings.user_ids)), problem.train), np.diff(ratings.offsets))
-        counts = torch.from_numpy(np.bincount(ratings.items[of_train], minlength=len(ratings.item_ids))).float()
+        counts = torch.from_numpy(np.bincount(ratings.items[of_train], minlength=n_items)).float()
     scale = (problem.mean, problem.std, ratings.low, ratings.high)
-    return maml.MetaLearner(len(ratings.item_ids), options, scale, counts, start)
+    return maml.MetaLearner(n_items, options, scale, counts, start)
 
 
 def load_parameters(system, state, source):
@@ -65,7 +70,9 @@ def load_parameters(system, state, source):
     try:
         system.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{source} does not fit its own options (other names or sizes): use another checkpoint") from error
+        raise UserError(
+            f"{source} does not fit its own options (other names or sizes): use another checkpoint"
+        ) from error
 
 
 # -----------------------------------------------------------------------------
@@ -109,7 +116,9 @@ def evaluate(system, problem, users, shots=None, num_targets=1):
         predictions = predict(system, tasks)
         target = problem.ratings.values[at].astype(np.float64)
         support = tasks.query_last.numpy() + 1
-        parts.append((users, problem.ratings.items[at], support, target, predictions[:, -1], predictions[:, 0]))
+        parts.append(
+            (users, problem.ratings.items[at], support, target, predictions[:, -1], predictions[:, 0])
+        )
     return Scored(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -124,10 +133,18 @@ def parameter_groups(system, options):
     items = [table for table in tables if table is not learner.item_embedding]
     own = {id(table) for table in tables}
     groups = [
-        {"name": "encoder", "params": [p for p in learner.parameters() if id(p) not in own], "lr": options.outer_lr},
+        {
+            "name": "encoder",
+            "params": [p for p in learner.parameters() if id(p) not in own],
+            "lr": options.outer_lr,
+        },
         {"name": "embedding", "params": [learner.item_embedding], "lr": options.embedding_lr},
         {"name": "items", "params": items, "lr": options.item_lr},
-        {"name": "rates", "params": [p for p in system.rates.parameters() if p.requires_grad], "lr": options.learn_lr},
+        {
+            "name": "rates",
+            "params": [p for p in system.rates.parameters() if p.requires_grad],
+            "lr": options.learn_lr,
+        },
     ]
     if loss is not None:
         loss_rate = options.lstm_lr if options.loss_network == "lstm" else options.loss_lr
@@ -178,7 +195,8 @@ def train_step(system, optimizer, tasks, options, iteration):
 class Run(NamedTuple):
     """What the loop works on: constant through a run, but for what `loop` holds."""
 
-    system: maml.MetaLearner
+    system: maml.MetaLearner  # what is trained
+    average: AveragedModel  # running mean of its weights: what is validated and tested
     problem: Problem
     options: object
     folder: Path
@@ -192,7 +210,8 @@ def fit(system, problem, options, folder):
     Checkpoints hold all that going on needs: parameters, optimizer, loop state, id maps, scale, options.
     """
     optimizer = torch.optim.AdamW(parameter_groups(system, options))
-    run = Run(system, problem, options, folder, optimizer, new_loop())
+    average = AveragedModel(system, multi_avg_fn=get_ema_multi_avg_fn(options.average))
+    run = Run(system, average, problem, options, folder, optimizer, new_loop())
     with runs.lock_folder(folder), runs.Interruption() as stop:
         start(run)
         log, bar = tracking.open_log(run), tracking.progress(run)
@@ -214,7 +233,10 @@ def fit(system, problem, options, folder):
         bar.close()
         log.close()
     if stop.requested:
-        print(f"stopped after iteration {run.loop['iteration']}; the same command with --resume goes on", file=sys.stderr)
+        print(
+            f"stopped after iteration {run.loop['iteration']}; the same command with --resume goes on",
+            file=sys.stderr,
+        )
     return stop.exit_code
 
 
@@ -229,12 +251,16 @@ def start(run):
     state = runs.load_newest(run.folder) if run.options.resume else None
     if state is None:
         runs.start_anew(run.folder, run.options.overwrite)
-        runs.write_config(run.folder, {"options": run.options, "fingerprint": run.problem.ratings.fingerprint})
+        runs.write_config(
+            run.folder, {"options": run.options, "fingerprint": run.problem.ratings.fingerprint}
+        )
         return
     runs.check_fingerprint(state["fingerprint"], run.problem.ratings.fingerprint, run.folder)
     runs.check_resume(state["options"], run.options)
     runs.warn_versions(runs.read_config(run.folder))
-    load_parameters(run.system, state["system"], run.folder)
+    load_parameters(run.system, state["last"], run.folder)
+    load_parameters(run.average.module, state["system"], run.folder)
+    run.average.n_averaged.fill_(state["loop"]["iteration"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.loop.update(state["loop"])
 
@@ -243,7 +269,8 @@ def save(run, best=False):
     """Write a checkpoint of the run."""
     ratings = run.problem.ratings
     state = {
-        "system": run.system.state_dict(),
+        "system": run.average.module.state_dict(),
+        "last": run.system.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "loop": run.loop,
         "options": runs.as_stored(run.options),
@@ -266,6 +293,7 @@ def train_iteration(run):
         group["lr"] = group["initial_lr"] * factor
     tasks = dataloader.sample_tasks(run.problem.sequences, run.problem.train, options, iteration)
     figures = train_step(run.system, run.optimizer, move(tasks, run.system), options, iteration)
+    run.average.update_parameters(run.system)
     run.loop["sums"] = [total + figure for total, figure in zip(run.loop["sums"], figures, strict=True)]
     run.loop["since"] += 1
     run.loop["iteration"] += 1
@@ -275,7 +303,7 @@ def validate(run, log, bar):
     """Score the validation users, log, and keep the best checkpoint."""
     loop, options = run.loop, run.options
     users = run.problem.validation[: options.val_size]
-    scored = evaluate(run.system, run.problem, users, num_targets=options.val_targets)
+    scored = evaluate(run.average.module, run.problem, users, num_targets=options.val_targets)
     error, _ = metrics.rmse((scored.prediction - scored.target) ** 2)
     loop["validated"] = loop["iteration"]
     if better := error < loop["best_rmse"]:

@@ -1,0 +1,86 @@
+"""Where the learner's item effects and factors start: factor analysis of the training users' ratings.
+
+A user u's standardised rating of item i is  effect_i + s b_u + factor_i . p_u + noise  with (b_u, p_u) ~ N(0, I).
+Items are fitted by expectation maximisation, which counts with how uncertain each user's vector is. Alternating
+least squares does not, and so fits items to users as if they were known; a new user with a few ratings is not.
+"""
+
+import numpy as np
+from scipy import sparse
+
+from utils import random_stream
+
+EFFECT_DAMPING = 5.0
+
+
+def fit(sequences, users, n_items, k, prior, sweeps=15, seed=0):
+    """Item effects (n_items,) and factors (n_items, k) in standard deviations, from the ratings of `users` alone.
+
+    `prior` is the number of pseudo-ratings that pull each factor to 0. Items without ratings get zeros. The
+    factors are orthogonal over the ratings, largest first, each with its entry of largest magnitude positive.
+    """
+    lengths = sequences.offsets[users + 1] - sequences.offsets[users]
+    rows = np.concatenate([np.arange(*sequences.offsets[[u, u + 1]]) for u in users])
+    user, item = np.repeat(np.arange(len(users)), lengths), sequences.items[rows] - 1
+    ratings = sparse.csr_array(
+        (sequences.ratings[rows].astype(np.float64), (user, item)), (len(users), n_items)
+    )
+    of_item, is_rated = ratings.T.tocsr(), sparse.csr_array((np.ones(len(rows)), (user, item)), ratings.shape)
+    count = np.bincount(item, minlength=n_items)
+
+    effect = np.asarray(ratings.sum(0)).ravel() / (count + EFFECT_DAMPING)
+    loading = random_stream(seed).normal(0, 0.1, (n_items, k + 1))  # the first carries the user's bias
+    loading[:, 0], noise = 0.4, 0.7
+    for _ in range(sweeps):
+        mean, moment = user_posterior(ratings - is_rated * effect, is_rated, loading, noise)
+        first, second, cross = is_rated.T @ mean, is_rated.T @ moment, of_item @ mean
+        second = second.reshape(n_items, k + 1, k + 1)
+        effect, loading = fit_items(of_item, count, first, second, cross, loading[0, 0], prior)
+        explained = cross - effect[:, None] * first
+        bias_products = explained[:, 0].sum() - np.einsum("ik,ik->", loading[:, 1:], second[:, 0, 1:])
+        loading[:, 0] = bias_products / second[:, 0, 0].sum()
+        squares = (of_item.multiply(of_item).sum() - 2 * effect @ of_item.sum(1) + count @ effect**2) / len(
+            rows
+        )
+        fitted = 2 * np.einsum("ik,ik->", loading, explained) - np.einsum(
+            "ij,ijk,ik->", loading, second, loading
+        )
+        noise = float(squares - fitted / len(rows))
+    return effect, principal_axes(loading[:, 1:], count)
+
+
+def user_posterior(residual, is_rated, loading, noise):
+    """Expectation: mean (n_users, k + 1) and second moment (n_users, (k + 1)^2) of each user's vector."""
+    size = loading.shape[1]
+    precision = (is_rated @ products(loading)).reshape(-1, size, size) / noise + np.eye(size)
+    covariance = np.linalg.inv(precision)
+    mean = np.einsum("uij,uj->ui", covariance, residual @ loading / noise)
+    return mean, products(mean) + covariance.reshape(len(mean), -1)
+
+
+def products(vectors):
+    """All products of two entries of each row (n, m), flattened: (n, m * m)."""
+    return (vectors[:, :, None] * vectors[:, None, :]).reshape(len(vectors), -1)
+
+
+def fit_items(of_item, count, first, second, cross, spread, prior):
+    """Maximisation: each item's effect (n_items,) and loadings (n_items, k + 1), the first of which is `spread`.
+
+    A regression on the moments of the users who rated the item: `first` and `second`, and `cross` with the ratings.
+    """
+    size = second.shape[1]
+    gram = second.copy()
+    gram[:, 0, 0], gram[:, 0, 1:], gram[:, 1:, 0] = count, first[:, 1:], first[:, 1:]
+    gram += np.diag([EFFECT_DAMPING] + [prior] * (size - 1))
+    target = cross - spread * second[:, 0]
+    target[:, 0] = of_item.sum(1) - spread * first[:, 0]
+    solved = np.linalg.solve(gram, target[..., None])[..., 0]
+    return solved[:, 0], np.concatenate([np.full((len(solved), 1), spread), solved[:, 1:]], axis=1)
+
+
+def principal_axes(factor, count):
+    """The factors turned so that they are orthogonal over the ratings, largest first, signs fixed."""
+    _, axes = np.linalg.eigh(np.einsum("ik,il,i->kl", factor, factor, count))
+    turned = np.einsum("ik,kl->il", factor, axes[:, ::-1])
+    largest = turned[np.abs(turned).argmax(0), np.arange(turned.shape[1])]
+    return turned * np.where(largest < 0, -1.0, 1.0)
