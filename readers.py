@@ -30,6 +30,7 @@ from layouts import check_mode, check_options, choose_columns, parse_json, recog
 from utils import UserError
 
 BLOCK = 1 << 25  # bytes of text parsed at a time
+CAREFUL_BLOCK = 1 << 16  # bytes that are not worth cutting further
 ID_TEXT = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
 LONGEST_ID = 128  # characters
 BAD_SHARE = 0.01  # of the rows that --skip_bad_rows may drop
@@ -197,7 +198,18 @@ def text_parts(path, pieces, mode, columns, sep, scale):
             if layout.header:
                 end = block.find(b"\n") + 1 or len(block)
                 line, block = line + 1, block[end:]
-        yield parse_clean(block, layout, scale) or parse_careful(block, line, layout, scale)
+        yield from parse_block(block, line, layout, scale)
+
+
+def parse_block(block, line, layout, scale):
+    """The `Part`s of a block that begins in `line`: one, or more to keep the slow reader to the rows that need it."""
+    part = parse_clean(block, layout, scale)
+    half = 0 if part or len(block) < CAREFUL_BLOCK else end_of_rows(block[: len(block) // 2])
+    if half:
+        yield from parse_block(block[:half], line, layout, scale)
+        yield from parse_block(block[half:], line + block.count(b"\n", 0, half), layout, scale)
+    else:
+        yield part or parse_careful(block, line, layout, scale)
 
 
 def parse_clean(block, layout, scale):
@@ -212,7 +224,7 @@ def parse_clean(block, layout, scale):
 
 def clean_delimited(block, layout):
     """Arrow columns of a block of delimited text; None or `ArrowException` where it needs care."""
-    if b'"' in block or LONE_RETURN.search(block):
+    if LONE_RETURN.search(block):
         return None
     step = len(layout.sep)
     names = [str(place) for place in range((layout.width - 1) * step + 1)]
@@ -221,7 +233,7 @@ def clean_delimited(block, layout):
     table = arrow_csv.read_csv(
         pyarrow.BufferReader(block),
         arrow_csv.ReadOptions(column_names=names, block_size=len(block)),
-        arrow_csv.ParseOptions(delimiter=layout.sep[0], quote_char=False),
+        arrow_csv.ParseOptions(delimiter=layout.sep[0], newlines_in_values=True),
         arrow_csv.ConvertOptions(
             include_columns=used, column_types=dict(zip(used, kinds, strict=False)), null_values=[]
         ),
@@ -257,9 +269,7 @@ def parse_careful(block, line, layout, scale):
     times = None if layout.places[3] is None else parse_times(times)
     part = make_part(factorise(users), factorise(items), ratings, times, scale)
     part.problems[[cells is None for _, cells in rows]] = 1
-    return part._replace(
-        show=lambda row: f"line {starts[row] + line}: '{text.split(chr(10))[starts[row]]:.80}'"
-    )
+    return part._replace(show=lambda row: f"line {starts[row] + line}: '{text.split(chr(10))[starts[row]]:.80}'")
 
 
 def delimited_rows(text, layout):
@@ -300,9 +310,7 @@ def make_part(users, items, ratings, times, scale):
         usable(*items),
         np.isfinite(ratings),
         (ratings >= low) & (ratings <= high),
-        np.full(len(ratings), True)
-        if times is None
-        else np.abs(times) < 9e18,  # as int64 holds; NaN is not less
+        np.full(len(ratings), True) if times is None else np.abs(times) < 9e18,  # as int64 holds; NaN is not less
     )
     problems = np.select([~good for good in fine], range(2, len(PROBLEMS)))
     return Part(users, items, ratings, times, problems, show=str)
@@ -370,9 +378,7 @@ def parse_batch(columns, first, scale):
         ratings = arrow_numbers(rating).astype(np.float32)
     times = arrow_times(time[0]) if time else None
     part = make_part(arrow_ids(user), arrow_ids(item), ratings, times, scale)
-    return part._replace(
-        show=lambda row: f"row {first + row}: '{', '.join(str(column[row]) for column in columns)}'"
-    )
+    return part._replace(show=lambda row: f"row {first + row}: '{', '.join(str(column[row]) for column in columns)}'")
 
 
 def arrow_ids(column):

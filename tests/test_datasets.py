@@ -8,6 +8,7 @@ import bz2
 import gzip
 import io
 import itertools
+import json
 import lzma
 import os
 import re
@@ -70,14 +71,10 @@ LAYOUTS = {
     ),
     "amazon 2023 ratings": lines("{u},{i},{r},{m}", NAMES, "user_id,parent_asin,rating,timestamp"),
     "amazon 2023 reviews": lines(
-        '{{"rating": {r}, '
-        + LONG
-        + '"asin": "X", "parent_asin": "{i}", "user_id": "{u}", "timestamp": {m}}}',
+        '{{"rating": {r}, ' + LONG + '"asin": "X", "parent_asin": "{i}", "user_id": "{u}", "timestamp": {m}}}',
         NAMES,
     ),
-    "yelp reviews": lines(
-        '{{"user_id": "{u}", "business_id": "{i}", "stars": {r}, ' + LONG + '"date": "{d}"}}'
-    ),
+    "yelp reviews": lines('{{"user_id": "{u}", "business_id": "{i}", "stars": {r}, ' + LONG + '"date": "{d}"}}'),
     "yelp original": lines("{n},{u},{i},{d}", header="stars,user_id,business_id,timestamp"),
 }
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -160,9 +157,7 @@ def test_any_separator_is_found_or_taken_as_given(tmp_path, sep):
 
 
 def test_columns_by_name_dates_quotes_and_no_time(tmp_path):
-    text = (
-        'when,who,"how, much",what\n2020-01-02,"a ""b"", c",1.5,é\n2020-01-01T00:00:10Z,"two\nlines",2,é é\n'
-    )
+    text = 'when,who,"how, much",what\n2020-01-02,"a ""b"", c",1.5,é\n2020-01-01T00:00:10Z,"two\nlines",2,é é\n'
     path = save(tmp_path, text)
     day = 1577836800
     expected = [('a "b", c', "é", 1.5, day + 86400), ("two\nlines", "é é", 2.0, day + 10)]
@@ -192,19 +187,49 @@ numbers = st.floats(-1e6, 1e6).map(repr)
 rows = st.lists(st.tuples(ids, ids, numbers, st.integers(0, 2**33).map(str)), min_size=1, max_size=20)
 
 
-@given(rows, st.sampled_from([",", "::", "\t"]))
+@given(rows, st.sampled_from([",", "::", "\t", ""]))
 @settings(max_examples=100, deadline=None)
 def test_both_parsers_agree_on_clean_rows(rows, sep):
-    rows = [row for row in rows if sep not in "".join(row)]
-    block = "".join(sep.join(row) + "\n" for row in rows).encode()
-    layout = layouts.Layout("csv", (0, 1, 2, 3), sep, 4)
+    if sep:
+        rows = [row for row in rows if sep not in "".join(row)]
+        block = "".join(sep.join(row) + "\n" for row in rows).encode()
+        layout = layouts.Layout("csv", (0, 1, 2, 3), sep, 4)
+    else:
+        records = [{"u": u, "i": i, "r": float(r), "t": int(t)} for u, i, r, t in rows]
+        block = "\n".join(map(json.dumps, records)).encode()
+        layout = layouts.Layout("csv", ("u", "i", "r", "t"))
     clean, careful = readers.parse_clean(block, layout, None), readers.parse_careful(block, 1, layout, None)
     assert not careful.problems.any()
     if rows:
-        for codes, texts in (clean.users, careful.users):
-            assert [texts[code] for code in codes] == [row[0].strip() for row in rows]
-        for name in ("ratings", "times"):
-            np.testing.assert_array_equal(getattr(clean, name), getattr(careful, name))
+        assert_same_part(clean, careful)
+        assert id_texts(clean.users) == [row[0].strip() for row in rows]
+        assert id_texts(clean.items) == [row[1].strip() for row in rows]
+
+
+def id_texts(ids):
+    codes, texts = ids
+    return [texts[code] for code in codes]
+
+
+def assert_same_part(first, second):
+    assert id_texts(first.users) == id_texts(second.users) and id_texts(first.items) == id_texts(second.items)
+    np.testing.assert_array_equal(first.ratings, second.ratings)
+    np.testing.assert_array_equal(first.times, second.times)
+
+
+odd = ["a", '"a"', '"a,b"', '"a""b"', 'a"b', '"a"b', '"', '""', '"a\nb"', '" a"', ' "a"', '"a" ', "1", " ", "é", "\0"]
+odd_rows = st.tuples(*(st.sampled_from(odd + more) for more in ([], [], ['"5"', "5 "], ["7", '"7"']))).map(",".join)
+
+
+@given(st.lists(odd_rows, max_size=4), st.sampled_from(["\n", "\r\n", "\n\n"]))
+@settings(max_examples=200, deadline=None)
+def test_what_the_fast_parser_takes_the_careful_one_reads_alike(rows, end):
+    block = (end.join(rows) + end).encode()
+    layout = layouts.Layout("csv", (0, 1, 2, 3), ",", 4)
+    clean, careful = readers.parse_clean(block, layout, None), readers.parse_careful(block, 1, layout, None)
+    if clean:
+        assert not careful.problems.any()
+        assert_same_part(clean, careful)
 
 
 @given(st.lists(st.sampled_from(['a"b', '"', "x,1", "\n", '"q\nq"', "\r\n"]), max_size=30), st.integers(1, 9))
@@ -229,6 +254,7 @@ def test_small_blocks_give_the_same_rows_and_line_numbers(tmp_path, monkeypatch,
     path = save(tmp_path, head + 50 * tail)
     whole = rows_of(readers.read_table(path))
     monkeypatch.setattr(readers, "BLOCK", 2 * max(map(len, head.splitlines())))
+    monkeypatch.setattr(readers, "CAREFUL_BLOCK", 40)
     assert rows_of(readers.read_table(path)) == whole
     n_lines = head.count("\n") + 50
     with pytest.raises(UserError, match=f"line {n_lines + 1}: 'broken'"):
@@ -404,9 +430,7 @@ def plain_ratings(rows, min_item, min_sequence):
     for place, (user, item, rating, time) in enumerate(rows):
         if (user, item) not in last or time >= last[user, item][0]:
             last[user, item] = (time, place, rating)
-    ordered = sorted(
-        (user, time, place, item, rating) for (user, item), (time, place, rating) in last.items()
-    )
+    ordered = sorted((user, time, place, item, rating) for (user, item), (time, place, rating) in last.items())
     for key, least in ((3, min_item), (0, min_sequence)):
         count = [row[key] for row in ordered]
         ordered = [row for row in ordered if count.count(row[key]) >= least]
@@ -446,14 +470,11 @@ def test_ratings_are_those_of_the_definition(tmp_path, rows, min_item, min_seque
     for number, user in enumerate(ratings.user_ids.tolist()):
         part = slice(ratings.offsets[number], ratings.offsets[number + 1])
         items = ratings.item_ids[ratings.items[part]].tolist()
-        found[user] = list(
-            zip(items, ratings.values[part].tolist(), ratings.times[part].tolist(), strict=True)
-        )
+        found[user] = list(zip(items, ratings.values[part].tolist(), ratings.times[part].tolist(), strict=True))
     assert found == expected and list(found) == sorted(found)
     assert ratings.item_ids.tolist() == sorted({item for user in expected.values() for item, _, _ in user})
     assert ratings.levels.tolist() == sorted(
-        {row[2] for row in rows}
-        & {value for user in plain_ratings(rows, 0, 0).values() for _, value, _ in user}
+        {row[2] for row in rows} & {value for user in plain_ratings(rows, 0, 0).values() for _, value, _ in user}
     )
 
 
@@ -496,8 +517,7 @@ def test_the_fingerprint_tells_data_apart(tmp_path):
     same = "user,item,rating,time\n2,1,5,3\n1,1,3,1\n1,2,4,2\n"
     assert fingerprint(text) == fingerprint(same)
     others = [
-        text.replace(*pair)
-        for pair in (("2,1,5,3", "2,1,5,4"), ("2,1,5", "2,1,6"), ("2,1,5", "2,2,5"), ("\n2", "\n3"))
+        text.replace(*pair) for pair in (("2,1,5,3", "2,1,5,4"), ("2,1,5", "2,1,6"), ("2,1,5", "2,2,5"), ("\n2", "\n3"))
     ]
     found = [fingerprint(text), *map(fingerprint, others), fingerprint(text, rating_scale="1:9")]
     assert len(set(found)) == len(found)
