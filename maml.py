@@ -7,7 +7,7 @@ R rows, S positions, Q queries, K inner steps.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, vjp, vmap
 
 from models import loss_network
 from models.learner import Learner
@@ -97,17 +97,11 @@ def inner_loop(learner, loss_network, rates, tasks, tables, options, second_orde
         rows = {name: fast.get(name, value) for name, value in tables.items()}
         return functional_call(learner, weights, (tasks, rows, states))
 
-    def support_loss(fast, step):
-        history, query = predict(fast)
-        if loss_network is None:
-            losses = (history - tasks.ratings).square()
-        else:
-            losses = loss_network(prepared, step, history, tasks)
-        return 0.5 * (losses * share).sum(), (query, history)
-
     queries, histories = [], []
     for step in range(options.num_inner_steps):
-        gradients, (query, history) = grad(support_loss, has_aux=True)(fast, step)
+        history, backward, query = vjp(predict, fast, has_aux=True)
+        slope = history - tasks.ratings if loss_network is None else loss_network(prepared, step, history, tasks)
+        (gradients,) = backward(slope * share)
         if not second_order:
             gradients = {name: gradient.detach() for name, gradient in gradients.items()}
         fast = {name: value - rates(name, step, count) * gradients[name] for name, value in fast.items()}
@@ -122,8 +116,7 @@ def position_weights(network, step, history, tasks):
         return tasks.support.to(history.dtype)
     # Off the exact rating, where both slopes vanish.
     history = torch.where((history - tasks.ratings).abs() < 1e-3, tasks.ratings + 1e-3, history)
-    slope = grad(lambda predicted: network(network.prepare(tasks), step, predicted, tasks).sum())(history)
-    return slope / (2 * (history - tasks.ratings)) * tasks.support
+    return network(network.prepare(tasks), step, history, tasks) / (history - tasks.ratings) * tasks.support
 
 
 def step_weights(steps, iteration, horizon):

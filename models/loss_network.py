@@ -1,13 +1,15 @@
 """The task-adaptive loss: how much each support rating of a user counts in the inner steps (MELO).
 
-A loss network is called once per inner step with one task's predictions and returns the loss of each position,
-(R, S). Weights are non-negative and have mean 1 over the task's support positions, so that weighting is not
-confounded with step size; a fresh network gives the identity weighting.
+A loss network is called once per inner step with one task's predictions and returns half the slope of each
+position's loss in its prediction, (R, S): the weighted error, or what a learned loss gives. Weights are non-negative
+and have mean 1 over the task's support positions, so that weighting is not confounded with step size; a fresh network
+gives the identity weighting.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import grad
 
 from models.layers import continues
 
@@ -93,7 +95,7 @@ class LSTMLoss(nn.Module):
         return self.weights(tasks)
 
     def forward(self, prepared, step, prediction, tasks):
-        return prepared * (prediction - tasks.ratings).square()
+        return prepared * (prediction - tasks.ratings)
 
 
 def run_lstm(cell, start, inputs, goes_on):
@@ -131,8 +133,7 @@ class MLPLoss(nn.Module):
         return log_weight.exp() * tasks.support
 
     def forward(self, prepared, step, prediction, tasks):
-        weight = self.weights(tasks, prediction.detach(), step)
-        return weight * (prediction - tasks.ratings).square()
+        return self.weights(tasks, prediction, step) * (prediction - tasks.ratings)
 
 
 def mlp(inputs, hidden, layers):
@@ -170,6 +171,10 @@ class MetaLoss(nn.Module):
         return None
 
     def forward(self, prepared, step, prediction, tasks):
+        return grad(lambda predicted: self.losses(step, predicted, tasks).sum())(prediction) / 2
+
+    def losses(self, step, prediction, tasks):
+        """Loss of each position (R, S)."""
         step = min(step, len(self.phi) - 1)
         features = task_features(tasks, prediction, self.options)
         counted = tasks.support[..., None].to(features.dtype)
