@@ -64,9 +64,7 @@ def check_block(block, expected, causal):
     tasks = lay_out([[LENGTH]], width=LENGTH + 1)
     history, query = random(1, LENGTH + 1, WIDTH), random(2, WIDTH, seed=1)
     out_h, out_q = block(history, query, layers.history_mask(tasks, causal), layers.query_mask(tasks))
-    both = expected(torch.cat([history[:, :LENGTH], query[None]], 1), src_mask=joint_mask(LENGTH, 2, causal))[
-        0
-    ]
+    both = expected(torch.cat([history[:, :LENGTH], query[None]], 1), src_mask=joint_mask(LENGTH, 2, causal))[0]
     torch.testing.assert_close(torch.cat([out_h[0, :LENGTH], out_q]), both)
 
 
@@ -78,9 +76,7 @@ def test_bert_block_equals_torch():
 
 def test_sasrec_block_equals_torch():
     block = jitter(sasrec.SASBlock(WIDTH, HEADS))
-    theirs = nn.TransformerEncoderLayer(
-        WIDTH, HEADS, WIDTH, 0.0, "relu", batch_first=True, norm_first=True
-    ).double()
+    theirs = nn.TransformerEncoderLayer(WIDTH, HEADS, WIDTH, 0.0, "relu", batch_first=True, norm_first=True).double()
     check_block(block, block_parts(block, theirs, block.first, block.second), causal=True)
 
 
@@ -105,9 +101,7 @@ def test_lstm_equals_torch():
         [theirs.weight_ih_l0, theirs.weight_hh_l0, theirs.bias_ih_l0, theirs.bias_hh_l0],
     )
     inputs = random(1, LENGTH, 3)
-    expected = theirs(
-        inputs, (start[0].expand(1, 1, -1).contiguous(), start[1].expand(1, 1, -1).contiguous())
-    )[0]
+    expected = theirs(inputs, (start[0].expand(1, 1, -1).contiguous(), start[1].expand(1, 1, -1).contiguous()))[0]
     states = run_lstm(cell, start, inputs, layers.continues(lay_out([[LENGTH]])))
     torch.testing.assert_close(states, expected)
 
@@ -133,15 +127,9 @@ def test_attention_ignores_layout(causal):
 
 
 def test_recurrences_ignore_layout():
-    gru, cell, start = (
-        jitter(layers.GRU(WIDTH, WIDTH)),
-        jitter(nn.Linear(2 * WIDTH, 4 * WIDTH)),
-        random(2, WIDTH),
-    )
+    gru, cell, start = (jitter(layers.GRU(WIDTH, WIDTH)), jitter(nn.Linear(2 * WIDTH, 4 * WIDTH)), random(2, WIDTH))
     torch.testing.assert_close(*by_window(lambda inputs, tasks: gru(inputs, random(1, WIDTH), tasks)[0]))
-    torch.testing.assert_close(
-        *by_window(lambda inputs, tasks: run_lstm(cell, start, inputs, layers.continues(tasks)))
-    )
+    torch.testing.assert_close(*by_window(lambda inputs, tasks: run_lstm(cell, start, inputs, layers.continues(tasks))))
 
 
 def test_query_without_history_is_a_first_step():
@@ -153,9 +141,7 @@ def test_query_without_history_is_a_first_step():
 
 def test_masked_softmax_equals_torch_and_is_zero_where_nothing_counts():
     scores = 50 * random(4, 5)
-    mask = torch.tensor(
-        [[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.bool
-    )
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
     weights = layers.masked_softmax(scores, mask)
     for got, row, keep in zip(weights[:3], scores, mask, strict=False):
         torch.testing.assert_close(got[keep], row[keep].softmax(0))

@@ -9,9 +9,7 @@ from models.layers import continues
 from models.learner import Learner
 from models.narm import NARM
 
-FORMS = [
-    (model, reads, head) for model in tiny.LEARNERS for reads, head in ((False, "plain"), (True, "joint"))
-]
+FORMS = [(model, reads, head) for model in tiny.LEARNERS for reads, head in ((False, "plain"), (True, "joint"))]
 every_form = pytest.mark.parametrize(("model", "reads", "head"), FORMS)
 
 
@@ -147,8 +145,7 @@ def test_narm_equals_a_loop_over_positions():
     def last(sequence):
         heads, past = run(narm.globals, sequence)[-1], run(narm.locals, sequence)
         local = sum(
-            narm.similarity(torch.sigmoid(narm.at_target(past[-1]) + narm.at_past(state))) * state
-            for state in past
+            narm.similarity(torch.sigmoid(narm.at_target(past[-1]) + narm.at_past(state))) * state for state in past
         )
         return narm.norm(narm.decode(torch.cat([heads, local])))
 
