@@ -27,8 +27,12 @@ def query_mask(tasks):
 
 def masked_softmax(scores, mask):
     """Softmax over the last dimension where `mask` holds; all zeros where it holds nowhere."""
-    hidden = (~mask).to(scores.dtype) * torch.finfo(scores.dtype).min
-    return (scores + hidden).softmax(-1) * mask
+    return (scores + hide(mask, scores.dtype)).softmax(-1) * mask
+
+
+def hide(mask, dtype):
+    """0 where `mask` holds, else the lowest number: what is added to scores to leave a place out."""
+    return (~mask).to(dtype) * torch.finfo(dtype).min
 
 
 class Norm(nn.LayerNorm):
@@ -54,21 +58,20 @@ class Attention(nn.Module):
         self.project_out = nn.Linear(hidden, hidden)
 
     def split(self, x):
-        """Queries, keys and values by head, each (..., heads, N, D / heads)."""
+        """Queries, scaled, keys and values by head, each (..., heads, N, D / heads)."""
         parts = self.project_in(x).unflatten(-1, (3, self.heads, -1))
-        return (part.transpose(-2, -3) for part in parts.unbind(-3))
+        q, k, v = (part.transpose(-2, -3) for part in parts.unbind(-3))
+        return q * q.shape[-1] ** -0.5, k, v
 
     def forward(self, history, query, mask, to_history):
         """history (R, S, D), query (Q, D), mask (R, S, S), to_history (S,) -> the same two shapes."""
         q, k, v = self.split(history)  # (R, H, S, d)
-        scale = q.shape[-1] ** -0.5
-        weights = masked_softmax(q @ k.transpose(-1, -2) * scale, mask[:, None])
+        weights = masked_softmax(q @ k.transpose(-1, -2), mask[:, None])
         history = (weights @ v).transpose(-2, -3).flatten(-2)
 
         q, own_k, own_v = self.split(query)  # (H, Q, d)
-        scores = torch.cat([q @ k[0].transpose(-1, -2), (q * own_k).sum(-1, keepdim=True)], -1) * scale
-        mask = F.pad(to_history, (0, 1), value=True)
-        weights = masked_softmax(scores, mask)
+        scores = torch.cat([q @ k[0].transpose(-1, -2), (q * own_k).sum(-1, keepdim=True)], -1)
+        weights = (scores + hide(F.pad(to_history, (0, 1), value=True), scores.dtype)).softmax(-1)
         query = (weights[..., :-1] @ v[0] + weights[..., -1:] * own_v).transpose(-2, -3).flatten(-2)
         return self.project_out(history), self.project_out(query)
 
