@@ -17,7 +17,7 @@ def random(*shape, seed=0):
 
 
 def joint_mask(length, queries, causal):
-    """What torch must not read if queries stand behind the window, each alone: (length + queries, same), True = hidden."""
+    """What torch must not read if queries stand behind the window, each alone; True = hidden."""
     n = length + queries
     reads = torch.zeros(n, n, dtype=torch.bool)
     reads[:, :length] = True
