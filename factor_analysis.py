@@ -22,9 +22,7 @@ def fit(sequences, users, n_items, k, prior, sweeps=15, seed=0):
     lengths = sequences.offsets[users + 1] - sequences.offsets[users]
     rows = np.concatenate([np.arange(*sequences.offsets[[u, u + 1]]) for u in users])
     user, item = np.repeat(np.arange(len(users)), lengths), sequences.items[rows] - 1
-    ratings = sparse.csr_array(
-        (sequences.ratings[rows].astype(np.float64), (user, item)), (len(users), n_items)
-    )
+    ratings = sparse.csr_array((sequences.ratings[rows].astype(np.float64), (user, item)), (len(users), n_items))
     of_item, is_rated = ratings.T.tocsr(), sparse.csr_array((np.ones(len(rows)), (user, item)), ratings.shape)
     count = np.bincount(item, minlength=n_items)
 
@@ -39,12 +37,8 @@ def fit(sequences, users, n_items, k, prior, sweeps=15, seed=0):
         explained = cross - effect[:, None] * first
         bias_products = explained[:, 0].sum() - np.einsum("ik,ik->", loading[:, 1:], second[:, 0, 1:])
         loading[:, 0] = bias_products / second[:, 0, 0].sum()
-        squares = (of_item.multiply(of_item).sum() - 2 * effect @ of_item.sum(1) + count @ effect**2) / len(
-            rows
-        )
-        fitted = 2 * np.einsum("ik,ik->", loading, explained) - np.einsum(
-            "ij,ijk,ik->", loading, second, loading
-        )
+        squares = (of_item.multiply(of_item).sum() - 2 * effect @ of_item.sum(1) + count @ effect**2) / len(rows)
+        fitted = 2 * np.einsum("ik,ik->", loading, explained) - np.einsum("ij,ijk,ik->", loading, second, loading)
         noise = float(squares - fitted / len(rows))
     return effect, principal_axes(loading[:, 1:], count)
 

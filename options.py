@@ -41,7 +41,7 @@ PAPER_FORM = {
 
 
 # Chosen on validation users of each data set; see results/EXPERIMENTS.md.
-DATA_DEFAULTS = {}
+DATA_DEFAULTS = {"amazon": {"outer_lr": 1e-3, "item_lr": 1e-4, "factor_prior": 40.0}, "ml-100k": {"factor_prior": 20.0}}
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,9 +115,7 @@ def add_data_options(parser):
         metavar="user:U,item:I,...",
     )
     add("sep", None, str, "column separator of --mode=csv; default: found from the first line")
-    parser.add_argument(
-        "--skip_bad_rows", action="store_true", help="drop up to 1 %% unreadable rows, and say which"
-    )
+    parser.add_argument("--skip_bad_rows", action="store_true", help="drop up to 1 %% unreadable rows, and say which")
     add("data_url", None, str, "mirror to download the data set from")
     add("cache_dir", None, str, "folder for parsed data; default: beside the data")
 
@@ -149,10 +147,7 @@ def add_task_options(parser):
         "share of training tasks with all the support there is; others get a random part",
     )
     add(
-        "num_masks",
-        4,
-        count(2),
-        "BERT4Rec with rating input: each support rating is hidden in one of this many copies",
+        "num_masks", 4, count(2), "BERT4Rec with rating input: each support rating is hidden in one of this many copies"
     )
 
 
@@ -168,19 +163,12 @@ def add_learner_options(parser):
     )
     add("use_rating_input", False, true_or_false, "let the encoder read ratings, not items alone")
     add("num_factors", 8, count(1), "width of item factors and user vector (joint head)")
-    add(
-        "init_items",
-        "factors",
-        str,
-        "start of item effects and factors (joint head)",
-        choices=["factors", "random"],
-    )
+    add("init_items", "factors", str, "start of item effects and factors (joint head)", choices=["factors", "random"])
     add("factor_prior", 10.0, real(1e-6), "factors: pseudo-ratings that pull each item's factors to 0")
     add("model_init_seed", 5, count(0, 2**32 - 1), "seed of the initial weights")
     add("bert_num_blocks", 2, count(1), "blocks of BERT4Rec and SASRec")
     add("bert_num_heads", 4, count(1), "attention heads of BERT4Rec and SASRec")
     add("bert_hidden_units", 32, count(1), "hidden size of BERT4Rec and SASRec")
-    add("bert_dropout", 0.0, real(0, 0.99), "dropout on the encoder's inputs and states, any learner")
     add("narm_hidden_size", 32, count(1), "hidden size of NARM")
     add("narm_n_layers", 1, count(1), "layers of each of NARM's encoders")
     add("gru4rec_hidden_size", 32, count(1), "hidden size of GRU4Rec")
@@ -190,13 +178,7 @@ def add_learner_options(parser):
 def add_inner_options(parser):
     add = group(parser, "inner loop")
     add("num_inner_steps", 5, count(1), "gradient steps on a user's support ratings")
-    add(
-        "adapt",
-        "head",
-        str,
-        "what the steps move: the head's user parameters or everything",
-        choices=["head", "all"],
-    )
+    add("adapt", "head", str, "what the steps move: the head's user parameters or everything", choices=["head", "all"])
     add("inner_lr", 0.05, real(1e-9), "start of the inner rates, in units of the inverse curvature")
     add("use_learnable_params", True, true_or_false, "learn the inner rates and dampings")
     add(
@@ -272,12 +254,7 @@ def add_outer_options(parser):
 def add_pretrain_options(parser):
     add = group(parser, "pretraining")
     add("pretraining_batch_size", 128, count(1), "tasks an iteration of pretrain.py")
-    add(
-        "pretrain_epochs",
-        20,
-        count(1),
-        "passes over the training users, where --num_train_iterations is not given",
-    )
+    add("pretrain_epochs", 10, count(1), "tasks per training user, where --num_train_iterations is not given")
     add("pretraining_lr", 3e-3, real(1e-9), "learning rate of pretrain.py")
     add("load_pretrained_embedding", False, true_or_false, "start from the pretrained item tables")
     add("load_pretrained", False, true_or_false, "start from all pretrained weights")
@@ -295,20 +272,13 @@ def add_run_options(parser):
     add("checkpoint_step", -1, count(-1), "checkpoint for --test; -1 = the best of validation")
     add("device", "auto", str, "where to compute", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--test", action="store_true", help="evaluate a checkpoint on the test users")
-    parser.add_argument(
-        "--test_baseline", action="store_true", help="with --test: the simple predictors beside it"
-    )
+    parser.add_argument("--test_baseline", action="store_true", help="with --test: the simple predictors beside it")
 
 
 def build_parser(description, *parts):
     parser = Parser(description=description, allow_abbrev=False)
     add = group(parser, "preset")
-    add(
-        "paper_form",
-        False,
-        true_or_false,
-        "set all options below to the published method's; given ones still count",
-    )
+    add("paper_form", False, true_or_false, "set all options below to the published method's; given ones still count")
     for part in parts:
         part(parser)
     return parser
@@ -341,7 +311,7 @@ def parse(description, argv=None, **defaults):
 
 def parse_pretrain(description, argv=None):
     """The options of pretrain.py: those of a learner without inner steps, in the pretraining's folder."""
-    options = parse(description, argv, use_adaptive_loss=False)
+    options = parse(description, argv, use_adaptive_loss=False, num_train_iterations=None)
     options.num_inner_steps, options.use_multi_step, options.use_adaptive_loss = 0, False, False
     options.use_second_order = False
     options.outer_lr = options.pretraining_lr
@@ -357,9 +327,7 @@ def restore(stored, given, source):
     if odd := sorted(known.keys() ^ stored.keys()):
         raise UserError(f"{source} was written by another version ({', '.join(odd)} differ): train again")
     options = argparse.Namespace(**{**stored, **given})
-    wrong = [
-        name for name, value in known.items() if value is not None and not same_kind(value, stored[name])
-    ]
+    wrong = [name for name, value in known.items() if value is not None and not same_kind(value, stored[name])]
     if wrong:
         raise UserError(f"{source} holds a wrong value for {', '.join(wrong)}: use another checkpoint")
     check(options)
@@ -386,9 +354,7 @@ def check(options):
             f"--min_sub_window_size={options.min_sub_window_size} must be below --max_seq_len={options.max_seq_len}"
         )
     if options.min_outer_lr > options.outer_lr:
-        raise UserError(
-            f"--min_outer_lr={options.min_outer_lr} must not be above --outer_lr={options.outer_lr}"
-        )
+        raise UserError(f"--min_outer_lr={options.min_outer_lr} must not be above --outer_lr={options.outer_lr}")
     if options.use_second_order is None:
         options.use_second_order = options.use_multi_step or options.use_adaptive_loss
 

@@ -8,6 +8,8 @@
 The run is kept in <pretrain_log_dir>/<mode>-<model>-basic/.
 """
 
+import math
+
 import options
 import runs
 import testing
@@ -22,6 +24,8 @@ def main(argv=None):
         return testing.test(folder, opts)
 
     problem = training.load_problem(opts)
+    if opts.num_train_iterations is None:
+        opts.num_train_iterations = math.ceil(opts.pretrain_epochs * len(problem.train) / opts.batch_size)
     system = training.build_system(problem, opts).to(choose_device(opts.device))
     return training.fit(system, problem, opts, folder)
 

@@ -45,18 +45,14 @@ def load_pretrained(system, problem, options):
     basic, stored, _ = load_system(path, options, problem)
     for name in ("random_seed", "fold", "num_folds", "num_test_data"):
         if getattr(stored, name) != getattr(options, name):
-            raise UserError(
-                f"{path} was trained with another --{name}, so it has seen test users: pretrain anew"
-            )
+            raise UserError(f"{path} was trained with another --{name}, so it has seen test users: pretrain anew")
     weights = basic.learner.state_dict()
     if not options.load_pretrained:
         weights = {name: weights[name] for name in basic.learner.table_names()}
     try:
         system.learner.load_state_dict(weights, strict=options.load_pretrained)
     except RuntimeError as error:
-        raise UserError(
-            f"{path} has other sizes than this learner: pretrain with the same model options"
-        ) from error
+        raise UserError(f"{path} has other sizes than this learner: pretrain with the same model options") from error
 
 
 def test(folder, options):
@@ -66,11 +62,7 @@ def test(folder, options):
     scored = training.evaluate(system, problem, problem.test)
     users = f"fold {stored.fold} of {stored.num_folds}" if stored.fold >= 0 else "drawn"
     print(f"{folder.name}, {path.name}: {len(scored.user)} test users ({users} by seed {stored.random_seed})")
-    report = {
-        "checkpoint": path.name,
-        "options": vars(stored),
-        **figures(scored, scored.prediction, problem.ratings),
-    }
+    report = {"checkpoint": path.name, "options": vars(stored), **figures(scored, scored.prediction, problem.ratings)}
     print_figures(report)
     if options.test_baseline:
         report["simple_predictors"] = simple_predictors(problem, stored, scored)

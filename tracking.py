@@ -51,19 +51,14 @@ def log_validation(run, log, bar, scored):
     log.add_scalar("validation/loss", float((errors**2).mean()) / std**2, iteration)
     log.add_scalar("validation/rmse", rmse, iteration)
     log.add_scalar("validation/mae", mae, iteration)
-    log.add_scalar(
-        "validation/rmse_unadapted", metrics.rmse((scored.unadapted - scored.target) ** 2)[0], iteration
-    )
+    log.add_scalar("validation/rmse_unadapted", metrics.rmse((scored.unadapted - scored.target) ** 2)[0], iteration)
     log.add_scalar("charts/iterations_per_second", iteration / max(loop["seconds"], 1e-9), iteration)
     for group in run.optimizer.param_groups:
         log.add_scalar(f"learning_rate/{group['name']}", group["lr"], iteration)
     log_learned(run, log)
     if bar.disable:
         shown = f"loss {loop['sums'][1] / loop['since']:.4f}  " if loop["since"] else ""
-        print(
-            f"iteration {iteration:6d}  {shown}validation RMSE {rmse:.4f}  {loop['seconds']:.0f} s",
-            flush=True,
-        )
+        print(f"iteration {iteration:6d}  {shown}validation RMSE {rmse:.4f}  {loop['seconds']:.0f} s", flush=True)
 
 
 def log_learned(run, log):
@@ -71,9 +66,7 @@ def log_learned(run, log):
     options, iteration = run.options, run.loop["iteration"]
     for name, rates in run.average.module.rates.log_rate.items():
         for step, rate in enumerate(rates.detach().exp()):
-            log.add_scalar(
-                f"inner_rate/{name.replace('/', '.')}/step_{step + 1}", rate.mean().item(), iteration
-            )
+            log.add_scalar(f"inner_rate/{name.replace('/', '.')}/step_{step + 1}", rate.mean().item(), iteration)
     for step, weight in enumerate(maml.objective_weights(options, iteration)[1:].tolist()):
         log.add_scalar(f"step_weight/step_{step + 1}", weight, iteration)
     if options.use_adaptive_loss:
@@ -93,6 +86,5 @@ def weight_by_level(run, most_users=256):
     values = run.average.module.to_rating(tasks.ratings[tasks.support]).cpu().numpy()
     level = metrics.nearest_level(values, run.problem.ratings.levels)
     return [
-        weights[level == i].mean() if (level == i).any() else np.nan
-        for i in range(len(run.problem.ratings.levels))
+        weights[level == i].mean() if (level == i).any() else np.nan for i in range(len(run.problem.ratings.levels))
     ]

@@ -43,9 +43,7 @@ def load_problem(options):
     sequences, mean, std = dataloader.standardise(ratings, train)
     usable = [dataloader.usable_users(sequences, users) for users in (train, validation, test)]
     if not all(len(users) for users in usable):
-        raise UserError(
-            "the split leaves no users to train, validate or test on; lower --num_test_data or the filters"
-        )
+        raise UserError("the split leaves no users to train, validate or test on; lower --num_test_data or the filters")
     return Problem(ratings, sequences, *usable, mean, std)
 
 
@@ -57,9 +55,7 @@ def build_system(problem, options, fresh=True):
             problem.sequences, problem.train, n_items, options.num_factors, options.factor_prior,
             seed=options.model_init_seed,
         )  # fmt: skip
-        of_train = np.repeat(
-            np.isin(np.arange(len(ratings.user_ids)), problem.train), np.diff(ratings.offsets)
-        )
+        of_train = np.repeat(np.isin(np.arange(len(ratings.user_ids)), problem.train), np.diff(ratings.offsets))
         counts = torch.from_numpy(np.bincount(ratings.items[of_train], minlength=n_items)).float()
     scale = (problem.mean, problem.std, ratings.low, ratings.high)
     return maml.MetaLearner(n_items, options, scale, counts, start)
@@ -116,9 +112,7 @@ def evaluate(system, problem, users, shots=None, num_targets=1):
         predictions = predict(system, tasks)
         target = problem.ratings.values[at].astype(np.float64)
         support = tasks.query_last.numpy() + 1
-        parts.append(
-            (users, problem.ratings.items[at], support, target, predictions[:, -1], predictions[:, 0])
-        )
+        parts.append((users, problem.ratings.items[at], support, target, predictions[:, -1], predictions[:, 0]))
     return Scored(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -133,18 +127,10 @@ def parameter_groups(system, options):
     items = [table for table in tables if table is not learner.item_embedding]
     own = {id(table) for table in tables}
     groups = [
-        {
-            "name": "encoder",
-            "params": [p for p in learner.parameters() if id(p) not in own],
-            "lr": options.outer_lr,
-        },
+        {"name": "encoder", "params": [p for p in learner.parameters() if id(p) not in own], "lr": options.outer_lr},
         {"name": "embedding", "params": [learner.item_embedding], "lr": options.embedding_lr},
         {"name": "items", "params": items, "lr": options.item_lr},
-        {
-            "name": "rates",
-            "params": [p for p in system.rates.parameters() if p.requires_grad],
-            "lr": options.learn_lr,
-        },
+        {"name": "rates", "params": [p for p in system.rates.parameters() if p.requires_grad], "lr": options.learn_lr},
     ]
     if loss is not None:
         loss_rate = options.lstm_lr if options.loss_network == "lstm" else options.loss_lr
@@ -234,8 +220,7 @@ def fit(system, problem, options, folder):
         log.close()
     if stop.requested:
         print(
-            f"stopped after iteration {run.loop['iteration']}; the same command with --resume goes on",
-            file=sys.stderr,
+            f"stopped after iteration {run.loop['iteration']}; the same command with --resume goes on", file=sys.stderr
         )
     return stop.exit_code
 
@@ -251,9 +236,7 @@ def start(run):
     state = runs.load_newest(run.folder) if run.options.resume else None
     if state is None:
         runs.start_anew(run.folder, run.options.overwrite)
-        runs.write_config(
-            run.folder, {"options": run.options, "fingerprint": run.problem.ratings.fingerprint}
-        )
+        runs.write_config(run.folder, {"options": run.options, "fingerprint": run.problem.ratings.fingerprint})
         return
     runs.check_fingerprint(state["fingerprint"], run.problem.ratings.fingerprint, run.folder)
     runs.check_resume(state["options"], run.options)
