@@ -1,0 +1,311 @@
+"""Adapt a trained run to users in a ratings file, and rank items for them or rate given pairs.
+
+    python recommend.py --run=log/ml-1m-bert4rec-melo --ratings=me.csv --top=10 --titles=movies.dat
+    python recommend.py --run=... --ratings=users.csv --pairs=to_score.csv --output=scores.csv
+    cat ratings.csv | python recommend.py --run=... --ratings=- --top=5 > top.csv
+    python recommend.py --run=... --ratings=me.csv --explain --plot=me.png      # what each rating weighed
+    python recommend.py --run=... --export=melo.safetensors                     # one file for another machine
+
+The ratings need the columns user, item and rating; a time column orders them, else the file does. The run's folder
+may also be an exported file. The training data is not needed.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+import card
+import inputs
+import options as option_module
+import runs
+from recommender import AdaptedUser, Explanation, Recommendation, Recommender, Support
+from utils import UserError, run_script
+
+__all__ = ["AdaptedUser", "Explanation", "Recommendation", "Recommender", "Support"]
+
+USERS_AT_ONCE = 256
+WIDEST_TITLE = 40  # characters in a table or picture
+MOST_LINES = 10  # in a picture
+ENDINGS = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
+
+
+def parse(argv):
+    """The options of this script; UserError where they do not go together."""
+    parser = option_module.Parser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = option_module.group(parser, "trained run")
+    add("run", None, str, "a run's folder, or an exported file", required=True)
+    add("checkpoint_step", -1, option_module.count(-1), "checkpoint of the run; -1 = the best of validation")
+    add("device", "auto", str, "where to compute", choices=["auto", "cpu", "cuda"])
+    add = option_module.group(parser, "users")
+    add("ratings", None, str, "their ratings, any file that main.py reads; - = standard input")
+    add("mode", None, str, "layout of that file; default: found from its first lines")
+    add(
+        "columns",
+        None,
+        str,
+        "columns of --mode=csv or parquet, by name or 0-based position",
+        metavar="user:U,item:I,...",
+    )
+    add("sep", None, str, "column separator of --mode=csv; default: found from the first line")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="drop up to 1 %% unreadable rows, and say which")
+    add("titles", None, str, "file of item ids and titles: items may be given by title, and are shown with it")
+    add = option_module.group(parser, "what to predict")
+    add("top", 10, option_module.count(1), "list this many items of each user, not rated yet")
+    add("pairs", None, str, "predict the ratings of the user-item pairs in this file instead")
+    parser.add_argument(
+        "--explain", action="store_true", help="weights of the user's ratings, and predictions by inner step"
+    )
+    add("plot", None, str, "picture of the explanation for the first user", metavar="FILE.png")
+    add = option_module.group(parser, "output")
+    add("output", "-", str, "where predictions go, .csv, .json or .parquet; - = standard output")
+    add(
+        "format",
+        None,
+        str,
+        "default: by the file's ending; a table on a terminal, else csv",
+        choices=["table", "csv", "json", "parquet"],
+    )
+    add(
+        "export",
+        None,
+        str,
+        "write learner, rates, loss network and ids to this .safetensors or .pt file, and a model card",
+    )
+    options = parser.parse_args(argv)
+    options.explain = options.explain or bool(options.plot)
+    check(options)
+    return options
+
+
+def check(options):
+    """Refuse what cannot work before anything is computed, and settle the output's format."""
+    if not options.ratings and not options.export:
+        raise UserError("--ratings is missing: give the users' ratings, or --export to write the run to one file")
+    for name in ("output", "plot", "export"):
+        path = getattr(options, name)
+        if path and path != "-" and not (Path(path).parent.is_dir() and os.access(Path(path).parent, os.W_OK)):
+            raise UserError(f"--{name}={path}: {Path(path).parent} is no folder that can be written to; name another")
+    if options.export and Path(options.export).suffix not in (".safetensors", ".pt"):
+        raise UserError(f"--export={options.export} must end in .safetensors or .pt")
+    if options.plot and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot={options.plot} must end in .png, .svg or .pdf")
+    ending = Path(options.output).suffix
+    if options.format is None and options.output == "-":
+        options.format = "table" if sys.stdout.isatty() else "csv"
+    options.format = options.format or ENDINGS.get(ending)
+    if options.format is None:
+        raise UserError(f"--output={options.output} must end in .csv, .json or .parquet, or give --format")
+
+
+# -----------------------------------------------------------------------------
+# predicting
+
+
+def top_rows(recommender, users, n):
+    """(user, rank, catalogue number, predicted rating) of each user's top items."""
+    for part in parts_of(users):
+        lists = recommender.top([user.support for user in part], n)
+        for user, found in zip(part, lists, strict=True):
+            for rank, (item, rating) in enumerate(found, 1):
+                yield user, rank, recommender.number(item), rating
+
+
+def pair_rows(recommender, pairs):
+    """(user, None, catalogue number, predicted rating) of each pair, in order."""
+    by_user = {}
+    for place, pair in enumerate(pairs):
+        by_user.setdefault(pair.user.id, (pair.user, []))[1].append(place)
+    ratings = np.empty(len(pairs))
+    for part in parts_of(list(by_user.values())):
+        numbers = [np.array([pairs[place].number for place in places]) for _, places in part]
+        found = recommender.predict([user.support for user, _ in part], numbers)
+        for (_, places), values in zip(part, found, strict=True):
+            ratings[places] = values
+    for (user, number), rating in zip(pairs, ratings.tolist(), strict=True):
+        yield user, None, number, rating
+
+
+def parts_of(users):
+    """A few hundred users after the other, with a progress bar on a terminal."""
+    with tqdm(total=len(users), unit=" users", delay=2, leave=False, disable=not sys.stderr.isatty()) as bar:
+        for first in range(0, len(users), USERS_AT_ONCE):
+            part = users[first : first + USERS_AT_ONCE]
+            yield part
+            bar.update(len(part))
+
+
+def tabulate(recommender, titles, rows, ranked):
+    """Rows of `top_rows` or `pair_rows` as a DataFrame."""
+    columns = {"user": [], "rank": [], "item": [], "title": [], "rating": [], "adapted": []}
+    for user, rank, number, rating in rows:
+        item = recommender.item_ids[number - 1]
+        values = user.id, rank, item, titles.by_item.get(str(item), ""), rating, len(user.support.items) > 0
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    used = {"rank": ranked, "title": bool(titles.by_item)}
+    frame = {name: values for name, values in columns.items() if used.get(name, True)}
+    if len({type(value) for value in frame["user"]}) > 1:
+        frame["user"] = list(map(str, frame["user"]))
+    return pd.DataFrame(frame)
+
+
+def explain(recommender, titles, rows, frame):
+    """(`frame` with the prediction after each number of inner steps, weights of the users' ratings, `Explanation`
+    of the first user)."""
+    moves, weights, first = np.empty((len(rows), recommender.options.num_inner_steps + 1)), [], None
+    by_user = {}
+    for place, (user, _, number, _) in enumerate(rows):
+        by_user.setdefault(user.id, (user, [], []))
+        by_user[user.id][1].append(place)
+        by_user[user.id][2].append(number)
+    for user, places, numbers in by_user.values():
+        found = recommender.explain(user.support, np.array(numbers))
+        first = first or found
+        moves[places] = found.predictions
+        for item, rating, weight in zip(found.items, found.ratings, found.weights, strict=True):
+            named = {"title": titles.by_item.get(str(item), "")} if titles.by_item else {}
+            steps = {f"weight_{step}": value for step, value in enumerate(weight.tolist(), 1)}
+            weights.append({"user": user.id, "item": item, **named, "rating": rating, **steps})
+    after = pd.DataFrame(moves, columns=[f"after_{step}" for step in range(moves.shape[1])])
+    return (
+        pd.concat([frame, after], axis=1),
+        pd.DataFrame(weights, columns=None if weights else ["user", "item"]),
+        first,
+    )
+
+
+# -----------------------------------------------------------------------------
+# writing
+
+
+def write(options, frame, weights):
+    """Write the predictions and, if there are any, the weights."""
+    if options.format == "json":
+        parts = {"predictions": frame, "weights": weights}
+        records = {name: part.to_dict("records") for name, part in parts.items() if part is not None}
+        data = json.dumps(records if weights is not None else records["predictions"], ensure_ascii=False, indent=1)
+        return put(options.output, (data + "\n").encode())
+    put(options.output, encode(frame, options.format))
+    if weights is None:
+        return None
+    if options.output != "-":
+        path = Path(options.output)
+        return put(path.with_name(f"{path.stem}-weights{path.suffix}"), encode(weights, options.format))
+    if options.format == "table":
+        return put("-", b"\n" + encode(weights, "table"))
+    # Standard output holds one table that programs can read.
+    return print(encode(weights, "table").decode(), file=sys.stderr, end="")
+
+
+def encode(frame, kind):
+    """A DataFrame as bytes of a `kind` of file."""
+    if kind == "parquet":
+        return frame.to_parquet(index=False)
+    return (as_table(frame) if kind == "table" else frame.to_csv(index=False)).encode()
+
+
+def as_table(frame):
+    """A DataFrame as lines of aligned columns, numbers to the right."""
+    columns = []
+    for name in frame.columns:
+        values = frame[name].tolist()
+        number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        cells = [str(name), *map(as_cell, values)]
+        width = max(map(len, cells))
+        columns.append([cell.rjust(width) if number else cell.ljust(width) for cell in cells])
+    return "".join("  ".join(row).rstrip() + "\n" for row in zip(*columns, strict=True))
+
+
+def as_cell(value):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = f"{value:.2f}" if isinstance(value, float) else str(value)
+    return text if len(text) <= WIDEST_TITLE else text[: WIDEST_TITLE - 3] + "..."
+
+
+def put(output, data):
+    """Write bytes to a file, whole or not at all, or to standard output, whose reader may stop early."""
+    if output == "-":
+        try:
+            sys.stdout.buffer.write(data)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif Path(output).exists() and not Path(output).is_file():
+        Path(output).write_bytes(data)  # a pipe or device must not be replaced by a file
+    else:
+        runs.write_atomic(output, data)
+
+
+def plot(file, found, names, user, queries):
+    """Picture of one user's `Explanation`: weights of the ratings by inner step, and the predictions of `queries`."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    figure = Figure(figsize=(12, 1.5 + 0.22 * max(len(found.items), 16)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = found.predictions.shape[1]
+    if found.weights.size:
+        image = left.imshow(found.weights, aspect="auto")
+        figure.colorbar(image, ax=left, label="weight (1: that of the squared error)")
+    labels = [f"{names(item)}: {rating:g}" for item, rating in zip(found.items, found.ratings, strict=True)]
+    left.set_yticks(range(len(labels)), labels, fontsize=8)
+    left.set_xticks(range(steps - 1), range(1, steps))
+    left.set(xlabel="inner step", title=f"weights of the ratings of user {user}")
+    for item, way in list(zip(queries, found.predictions, strict=True))[:MOST_LINES]:
+        right.plot(way, marker="o", label=names(item))
+    right.set_xticks(range(steps))
+    right.set(xlabel="inner steps", ylabel="predicted rating", title="predictions, from the unadapted one on")
+    right.legend(fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(file).suffix[1:], dpi=120)
+    put(file, picture.getvalue())
+
+
+# -----------------------------------------------------------------------------
+
+
+def main(argv=None):
+    options = parse(argv)
+    clock = time.monotonic()
+    recommender = Recommender.load(options.run, options.checkpoint_step, options.device)
+    inputs.say(f"loaded {recommender.source} in {time.monotonic() - clock:.2f} s")
+    if options.export:
+        card.export(recommender, options.export, options.run)
+    if options.ratings:
+        predict(options, recommender)
+    return 0
+
+
+def predict(options, recommender):
+    """Read the users, predict, and write what was asked for."""
+    titles = inputs.read_titles(options.titles)
+    users = inputs.read_users(options, recommender, titles)
+    clock = time.monotonic()
+    if options.pairs:
+        rows = list(pair_rows(recommender, inputs.read_pairs(options.pairs, users, recommender, titles)))
+    else:
+        rows = list(top_rows(recommender, users, options.top))
+    seconds = time.monotonic() - clock
+    inputs.say(f"predicted {len(rows):,} ratings of {len(users):,} users in {seconds:.2f} s")
+    frame, weights = tabulate(recommender, titles, rows, ranked=not options.pairs), None
+    if options.explain:
+        frame, weights, first = explain(recommender, titles, rows, frame)
+    if options.plot and first:
+        user = rows[0][0].id
+        queries = [recommender.item_ids[number - 1] for who, _, number, _ in rows if who.id == user]
+        plot(options.plot, first, lambda item: titles.by_item.get(str(item), str(item))[:WIDEST_TITLE], user, queries)
+    write(options, frame, weights)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,358 @@
+"""A trained system at work: adapt to users by their ratings, score the catalogue, explain, export.
+
+from recommend import Recommender
+Recommender.load("log/ml-1m-bert4rec-melo").adapt([(260, 5), (1196, 4)]).top(10)
+"""
+
+import copy
+import hashlib
+import json
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.func import functional_call, vmap
+
+import dataloader
+import maml
+import options as option_module
+import runs
+from utils import UserError, choose_device
+
+EXPORT_VERSION = 1
+ENTRIES = {"options": dict, "system": dict, "item_ids": list, "levels": list, "fingerprint": str, "step": int}
+LOCAL = ("data_path", "cache_dir", "data_url", "log_dir", "pretrain_log_dir")  # options that name places of a machine
+ADAPTED_AT_ONCE = 128  # users
+SCORED_AT_ONCE = 8192  # queries, whose states then stay in the processor's cache
+
+Item = int | str
+
+
+class Support(NamedTuple):
+    """A user's ratings of known items, oldest first, each item once."""
+
+    items: np.ndarray  # (n,) int64, catalogue numbers from 1
+    ratings: np.ndarray  # (n,) float32, on the data's scale
+
+
+class Recommendation(NamedTuple):
+    item: Item
+    rating: float  # predicted, on the data's scale
+
+
+class Explanation(NamedTuple):
+    """What each rating weighed at each of the K inner steps, and how predictions moved over them."""
+
+    items: list[Item]  # of the ratings that were used, oldest first
+    ratings: list[float]
+    weights: np.ndarray  # (n, K); 1 is what the squared error gives
+    predictions: np.ndarray  # (Q, K + 1) of the items asked for, after 0..K steps
+
+
+class Recommender:
+    """A trained system with its catalogue; any number of threads may use one at the same time.
+
+    It keeps nothing of the users that it adapts to.
+    """
+
+    def __init__(self, state: dict, source: str | Path, device: str = "cpu"):
+        """From the entries of a checkpoint; `source` is named in errors. `load` reads them from a file."""
+        self.source = Path(source)
+        self.state = {name: state[name] for name in ENTRIES}
+        self.options = option_module.restore(state["options"], {"device": device}, source)
+        self.item_ids: list[Item] = check_ids(state["item_ids"], source)
+        self._system = build(state["system"], len(self.item_ids), self.options, source).to(choose_device(device))
+        self.mean, self.std, self.low, self.high = self._system.scale.tolist()
+        self._numbers = {str(item): number for number, item in enumerate(self.item_ids, 1)}
+        self._own = threading.local()
+
+    @classmethod
+    def load(cls, source: str | Path, checkpoint_step: int = -1, device: str = "cpu") -> "Recommender":
+        """From a run's folder (its best checkpoint, or that of `checkpoint_step`) or an exported file.
+
+        `device` is cpu, cuda or auto. The training data is not needed. UserError for what cannot be used.
+        """
+        path = Path(source)
+        if path.is_dir():
+            path = runs.checkpoint_path(path, checkpoint_step)
+        state = read_safetensors(path) if path.suffix == ".safetensors" else runs.load_checkpoint(path, ENTRIES)
+        return cls(state, path, device)
+
+    def number(self, item: Item) -> int:
+        """The catalogue number of an item, from 1; 0 for one that training did not see."""
+        return self._numbers.get(str(item), 0)
+
+    def support(self, ratings: Iterable[tuple[Item, float]]) -> tuple[Support, list[Item]]:
+        """(`Support`, items that training did not see) of one user's (item, rating) pairs, oldest first.
+
+        Of an item rated twice, the later rating counts. UserError for a rating outside the scale.
+        """
+        known, unknown = {}, []
+        for item, rating in ratings:
+            if not self.low <= rating <= self.high:
+                raise UserError(
+                    f"item {item!r} is rated {rating}; give ratings from {self.low:g} to {self.high:g}, "
+                    "the scale of the data that was trained on"
+                )
+            if number := self.number(item):
+                known.pop(number, None)
+                known[number] = rating
+            else:
+                unknown.append(item)
+        return Support(np.array(list(known), np.int64), np.array(list(known.values()), np.float32)), unknown
+
+    def adapt(self, ratings: Iterable[tuple[Item, float]]) -> "AdaptedUser":
+        """Adapt to one user by (item, rating) pairs, oldest first; without a known item there is no adaptation."""
+        support, unknown = self.support(ratings)
+        return AdaptedUser(self, support, unknown, *self._adapt([support]))
+
+    def top(self, supports: Sequence[Support], n: int = 10) -> list[list[Recommendation]]:
+        """Each user's `n` items of the highest predicted rating among those not rated yet, best first."""
+        found = []
+        for first, scores in self._scores(supports):
+            found += self._best(scores, supports[first : first + len(scores)], n)
+        return found
+
+    def predict(self, supports: Sequence[Support], numbers: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Each user's predicted ratings of the items with these catalogue numbers, float64 on the data's scale."""
+        found = []
+        for first, scores in self._scores(supports, numbers):
+            ratings = self._system.to_rating(scores).cpu().numpy()
+            found += [row[: len(numbers[first + i])] for i, row in enumerate(ratings)]
+        return found
+
+    @torch.no_grad()
+    def explain(self, support: Support, numbers: np.ndarray) -> Explanation:
+        """What the inner steps made of one user's ratings, and of the predictions for these catalogue numbers."""
+        system = self._thread_system()
+        query = np.asarray(numbers, np.int64)[None]
+        tasks = self._tasks([support], query if query.size else np.zeros((1, 1), np.int64))
+        predictions, weights = system.explain(tasks)
+        used = support.items[-(self.options.max_seq_len - 1) :]
+        cells = tasks.support[0].cpu()
+        at = torch.gather(tasks.table[0], 0, tasks.items[0].flatten()).reshape(cells.shape).cpu()
+        # A rating that stands in several windows weighs what its copies do together.
+        weights = weights[0].cpu()[:, cells] * (len(used) / max(1, int(cells.sum())))
+        weights = torch.stack([weights[:, at[cells] == number].sum(1) for number in used.tolist()] or [weights.sum(1)])
+        return Explanation(
+            [self.item_ids[number - 1] for number in used],
+            support.ratings[-len(used) :].tolist() if len(used) else [],
+            weights.double().numpy()[: len(used)],
+            system.to_rating(predictions[0].T).cpu().numpy()[: query.size],
+        )
+
+    def export(self, path: str | Path) -> None:
+        """Write all that `load` needs to one file, .safetensors or .pt; docs/EXPORT.md describes it."""
+        path = Path(path)
+        options = {name: "" if name in LOCAL else value for name, value in self.state["options"].items()}
+        state = self.state | {"options": options}
+        if path.suffix == ".safetensors":
+            runs.write_atomic(path, safetensors_bytes(state))
+        elif path.suffix == ".pt":
+            runs.write_checkpoint(path, state["step"], state)
+        else:
+            raise UserError(f"--export={path} must end in .safetensors or .pt")
+
+    # The steps of all of these: tasks of the supports, adapted parameters, scores.
+
+    def _thread_system(self):
+        """This thread's own modules around the shared parameters: calling a module with other weights changes it
+        for the time of the call."""
+        if not hasattr(self._own, "system"):
+            shared = {id(tensor): tensor for tensor in (*self._system.parameters(), *self._system.buffers())}
+            self._own.system = copy.deepcopy(self._system, shared)
+        return self._own.system
+
+    def _tasks(self, supports, query_items):
+        """`dataloader.Tasks` of supports, whose queries are the catalogue numbers query_items (T, Q)."""
+        longest = self.options.max_seq_len - 1
+        items = [support.items[-longest:] for support in supports]
+        ratings = np.concatenate([support.ratings[-longest:] for support in supports])
+        lengths = np.array([len(each) for each in items])
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        standard = ((ratings - self.mean) / self.std).astype(np.float32)
+        sequences = dataloader.Sequences(offsets, np.concatenate(items), standard)
+        blank = np.zeros(query_items.shape)
+        tasks = dataloader.assemble(sequences, offsets[:-1], lengths, query_items, blank, blank == 0, self.options)
+        return dataloader.Tasks(*(tensor.to(self._system.scale.device) for tensor in tasks))
+
+    @torch.no_grad()
+    def _adapt(self, supports):
+        """(tasks, {name: adapted parameter (T, ...)}) of at least one user."""
+        system = self._thread_system()
+
+        def one(task, rows):
+            parts = system.learner, system.loss_network, system.rates
+            return maml.inner_loop(*parts, task, rows, system.options, False)[0]
+
+        tasks = self._tasks(supports, np.zeros((len(supports), 1), np.int64))
+        return tasks, vmap(one)(tasks, maml.look_up(system.learner, tasks))
+
+    @torch.no_grad()
+    def _score(self, tasks, fast, items=None):
+        """Standardised predictions (T, Q) of the catalogue numbers items (T, Q); None: of the whole catalogue.
+
+        The item tables are not copied for each user, and what does not depend on the user is computed once.
+        """
+        learner = self._thread_system().learner
+        tables = {name: learner.get_parameter(name) for name in learner.table_names()}
+
+        def one(task, fast, items):
+            rows = {name: moved(table, task, fast.get(name)) for name, table in tables.items()}
+            weights = {name: value for name, value in fast.items() if name not in tables}
+            task = task._replace(items=task.table[task.items], query_items=items)
+            return functional_call(learner, weights, (task, rows))[1]
+
+        if items is not None:
+            return vmap(one)(tasks, fast, items)
+        everything = torch.arange(1, len(self.item_ids) + 1, device=tasks.table.device)
+        return vmap(one, in_dims=(0, 0, None))(tasks, fast, everything)
+
+    def _scores(self, supports, numbers=None):
+        """(number of the first user, `_score` (T, Q)) for a few users after the other; see SCORED_AT_ONCE."""
+        for begin in range(0, len(supports), ADAPTED_AT_ONCE):
+            tasks, fast = self._adapt(supports[begin : begin + ADAPTED_AT_ONCE])
+            items = None if numbers is None else padded(numbers[begin : begin + ADAPTED_AT_ONCE]).to(tasks.table.device)
+            width = len(self.item_ids) if items is None else items.shape[1]
+            step = max(1, SCORED_AT_ONCE // width)
+            for first in range(0, len(tasks.table), step):
+                part = slice(first, first + step)
+                some = dataloader.Tasks(*(tensor[part] for tensor in tasks))
+                adapted = {name: value[part] for name, value in fast.items()}
+                yield begin + first, self._score(some, adapted, None if items is None else items[part])
+
+    def _best(self, scores, supports, n):
+        """Lists of `Recommendation` from the catalogue's scores (T, Q)."""
+        for row, support in zip(scores, supports, strict=True):
+            row[torch.from_numpy(support.items - 1)] = -torch.inf
+        best = scores.topk(min(n, scores.shape[1]))
+        ratings = self._system.to_rating(best.values).tolist()
+        return [
+            [Recommendation(self.item_ids[i], rating) for i, rating in zip(*pair, strict=True)][
+                : scores.shape[1] - len(s.items)
+            ]
+            for *pair, s in zip(best.indices.tolist(), ratings, supports, strict=True)
+        ]
+
+
+class AdaptedUser(NamedTuple):
+    """One user after adaptation; from `Recommender.adapt`."""
+
+    recommender: Recommender
+    support: Support
+    unknown: list[Item]  # rated items that training did not see, left out
+    tasks: dataloader.Tasks
+    fast: dict
+
+    @property
+    def adapted(self) -> bool:
+        """Whether there was a known rating to adapt to."""
+        return len(self.support.items) > 0
+
+    def top(self, n: int = 10) -> list[Recommendation]:
+        """The `n` items of the highest predicted rating among those not rated yet, best first."""
+        scores = self.recommender._score(self.tasks, self.fast)
+        return self.recommender._best(scores, [self.support], n)[0]
+
+    def predict(self, items: Sequence[Item]) -> list[float]:
+        """Predicted ratings of these items; nan for those that training did not see."""
+        numbers = self._numbers(items)
+        scores = self.recommender._score(self.tasks, self.fast, numbers[None])[0]
+        ratings = self.recommender._system.to_rating(scores)
+        return ratings.where(numbers > 0, torch.nan).tolist()
+
+    def explain(self, items: Sequence[Item]) -> Explanation:
+        """What the inner steps made of the ratings, and of the predictions for these known items."""
+        return self.recommender.explain(self.support, self._numbers(items).cpu().numpy())
+
+    def _numbers(self, items):
+        return torch.tensor([self.recommender.number(item) for item in items], device=self.tasks.table.device).long()
+
+
+def moved(table, task, rows):
+    """An item table (n + 1, width) with a task's adapted `rows` in their places; None: none were adapted."""
+    return table if rows is None else table.index_copy(0, task.table, rows)
+
+
+def padded(numbers):
+    """Arrays of catalogue numbers as one tensor (T, Q) with 0 behind the shorter ones."""
+    out = np.zeros((len(numbers), max(1, *map(len, numbers))), np.int64)
+    for row, each in zip(out, numbers, strict=True):
+        row[: len(each)] = each
+    return torch.from_numpy(out)
+
+
+# -----------------------------------------------------------------------------
+# From and to files
+
+
+def check_ids(ids, source):
+    """The item ids; UserError where they are not distinct numbers or texts."""
+    if not ids or {type(item) for item in ids} not in ({int}, {str}) or len(set(ids)) < len(ids):
+        raise UserError(f"{source} holds item ids that are no catalogue: use another file")
+    return ids
+
+
+def build(tensors, n_items, options, source):
+    """The `maml.MetaLearner` of a checkpoint's tensors; UserError where they do not fit."""
+    misfit = f"{source} does not fit its own options (other names, sizes or values): use another file"
+    scale = tensors.get("scale")
+    if not isinstance(scale, torch.Tensor) or scale.shape != (4,) or not (scale[2] < scale[3] and scale[1] > 0):
+        raise UserError(misfit)
+    system = maml.MetaLearner(n_items, options, scale.tolist())
+    try:
+        system.load_state_dict(tensors)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(misfit) from error
+    if not all(tensor.isfinite().all() for tensor in system.state_dict().values()):
+        raise UserError(misfit)
+    return system.eval().requires_grad_(False)
+
+
+def safetensors_bytes(state):
+    """The bytes of an exported .safetensors file."""
+    import safetensors.torch
+
+    tensors = runs.plain(state["system"])
+    metadata = {name: json.dumps(value) for name, value in state.items() if name != "system"}
+    metadata |= {"format": "melo", "format_version": str(EXPORT_VERSION)}
+    metadata["sha256"] = hashlib.sha256(split_safetensors(safetensors.torch.save(tensors))[1]).hexdigest()
+    return safetensors.torch.save(tensors, metadata)
+
+
+def split_safetensors(data):
+    """(header as parsed JSON, bytes of the tensors) of a .safetensors file. ValueError where it is none."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def read_safetensors(path):
+    """The entries of an exported .safetensors file; UserError where it is damaged, foreign or of another version."""
+    import safetensors.torch
+
+    data = runs.read_regular(path, "an exported file")
+    try:
+        header, payload = split_safetensors(data)
+        metadata = header.get("__metadata__", {})
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is no .safetensors file, or is damaged: export it again") from error
+    if metadata.get("format") != "melo":
+        raise UserError(f"{path} was not written by recommend.py --export: export a run with it")
+    if metadata.get("format_version") != str(EXPORT_VERSION):
+        raise UserError(
+            f"{path} is of format version {metadata.get('format_version')}, and this program reads version "
+            f"{EXPORT_VERSION}: export it again with this version of the program"
+        )
+    if hashlib.sha256(payload).hexdigest() != metadata.get("sha256"):
+        raise UserError(f"{path} is damaged (its checksum does not fit): export or copy it again")
+    try:
+        state = {name: json.loads(metadata[name]) for name in ENTRIES if name != "system"}
+        state["system"] = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: export it again") from error
+    if problem := runs.wrong_entry(state, ENTRIES):
+        raise UserError(f"{path} {problem}: export it again")
+    return state
