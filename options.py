@@ -303,7 +303,7 @@ def parse(description, argv=None, **defaults):
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
     preset = {**DATA_DEFAULTS.get(options.mode, {}), **(PAPER_FORM if options.paper_form else {})}
-    parser.set_defaults(**preset, **defaults)
+    parser.set_defaults(**{**preset, **defaults})
     options = parser.parse_args(argv)
     check(options)
     return options
