@@ -8,7 +8,6 @@ What is in a data set, before and after the filters; then a file of your own, wi
 
 import argparse
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import json
@@ -102,9 +101,7 @@ def say(text):
 def load_columns(path, options):
     """(`Columns` by user and time, without duplicates; notes on what was dropped)."""
     scale = parse_scale(options.rating_scale)
-    columns, notes = read_columns(
-        path, options.mode, options.columns, options.sep, options.skip_bad_rows, scale
-    )
+    columns, notes = read_columns(path, options.mode, options.columns, options.sep, options.skip_bad_rows, scale)
     if len(columns.users) > MANY_ROWS:
         say(f"{path}: ordering {len(columns.users):,} ratings")
     columns = sort_rows(columns)
@@ -134,31 +131,28 @@ def take_rows(columns, rows):
 def find_duplicates(columns):
     """(n,) whether the same user rates the same item in a later row."""
     pairs = columns.users * np.int64(len(columns.item_ids)) + columns.items
+    ranked = np.sort(pairs)  # many times as fast as argsort, and mostly enough
     twice = np.zeros(len(pairs), bool)
-    ranked = np.sort(pairs)
     if (ranked[1:] == ranked[:-1]).any():
         order = np.argsort(pairs, kind="stable")
-        twice[order[:-1]] = pairs[order[1:]] == pairs[order[:-1]]
+        ranked = pairs[order]
+        twice[order[:-1]] = ranked[1:] == ranked[:-1]
     return twice
 
 
 def filter_rows(columns, options):
     """Items with `min_item` ratings or more, then users with `min_sequence` or more, one pass."""
-    steps = {"the file has": columns}
+    users, items = len(columns.user_ids), len(columns.item_ids)
+    steps = [f"the file has {len(columns.users):,} ratings of {items:,} items by {users:,} users"]
+    keep = np.ones(len(columns.users), bool)
     for name, option in (("items", "min_item"), ("users", "min_sequence")):
         codes, least = getattr(columns, name), getattr(options, option)
-        keep = (np.bincount(codes) >= least)[codes]
-        columns = columns if keep.all() else take_rows(columns, keep)
-        steps[f"--{option}={least} leaves"] = columns
+        enough = np.bincount(codes[keep], minlength=codes.max() + 1) >= max(least, 1)
+        keep &= enough[codes]
+        steps.append(f"--{option}={least} leaves {keep.sum():,} ratings of {enough.sum():,} {name}")
         if not keep.any():
-            sizes = (f"{step} {size(rows)}" for step, rows in steps.items())
-            raise UserError(f"the filters leave nothing: {', '.join(sizes)}; lower --{option}")
-    return columns
-
-
-def size(columns):
-    users, items = len(np.unique(columns.users)), len(np.unique(columns.items))
-    return f"{len(columns.users):,} ratings of {items:,} items by {users:,} users"
+            raise UserError(f"the filters leave nothing: {', '.join(steps)}; lower --{option}")
+    return columns if keep.all() else take_rows(columns, keep)
 
 
 def build_ratings(columns, kept, options):
@@ -230,7 +224,7 @@ def write_cache(place, content, ratings, notes):
     """Keep `ratings` in `place`, under a temporary name until it is whole."""
     if place is None:
         return
-    header = dataclasses.asdict(ratings) | {"content": content, "notes": notes}
+    header = vars(ratings) | {"content": content, "notes": notes}
     arrays = {name: value for name, value in header.items() if isinstance(value, np.ndarray)}
     header["arrays"] = [[name, array.dtype.str, len(array)] for name, array in arrays.items()]
     header = {name: value for name, value in header.items() if name not in arrays}
@@ -338,9 +332,7 @@ def plot(file, ratings):
     level = nearest(ratings.values, ratings.levels)
     lengths, n_levels = np.diff(ratings.offsets), len(ratings.levels)
     of_user = np.repeat(np.arange(len(lengths)), lengths)
-    histograms = np.bincount(of_user * n_levels + level, minlength=len(lengths) * n_levels).reshape(
-        -1, n_levels
-    )
+    histograms = np.bincount(of_user * n_levels + level, minlength=len(lengths) * n_levels).reshape(-1, n_levels)
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.bar([f"{each:g}" for each in ratings.levels], histograms.sum(0))
@@ -356,13 +348,9 @@ def plot(file, ratings):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_options(parser)
-    parser.add_argument(
-        "--max_seq_len", type=int, default=30, help="cut for the mean length (default: %(default)s)"
-    )
+    parser.add_argument("--max_seq_len", type=int, default=30, help="cut for the mean length (default: %(default)s)")
     parser.add_argument("--plot", nargs="?", const="ratings.png", metavar="FILE", help="save a picture too")
     options = parser.parse_args()
     path = find_data(options)

@@ -410,7 +410,8 @@ def arrow_times(column):
 
 def gather(path, parts, skip_bad_rows):
     """All `parts` as one (`Columns`, notes on what was dropped or assumed)."""
-    columns, ids, unit, n_rows, n_bad, shown = ([], [], [], []), ({}, {}), None, 0, 0, []
+    columns = [Growing(dtype) for dtype in (np.int32, np.int32, np.float32, np.int64)]
+    ids, unit, timed, n_rows, n_bad, shown = ({}, {}), None, True, 0, 0, []
     for part in parts:
         bad = np.flatnonzero(part.problems)
         shown += [f"{part.show(row)}: {PROBLEMS[part.problems[row]]}" for row in bad[: 3 - len(shown)]]
@@ -418,24 +419,45 @@ def gather(path, parts, skip_bad_rows):
             raise UserError(f"{path}, {shown[0]}; correct it, or drop such rows with --skip_bad_rows")
         good = part.problems == 0
         if good.any():
-            times = np.arange(n_rows, n_rows + len(good)) if part.times is None else part.times
-            unit = unit or time_unit(part.times, good)
+            timed = part.times is not None
+            times = part.times[good] if timed else n_rows + np.flatnonzero(good)
+            unit = unit or (time_unit(times) if timed else 1)
             columns[0].append(number(*part.users, good, ids[0]))
             columns[1].append(number(*part.items, good, ids[1]))
             columns[2].append(part.ratings[good])
-            columns[3].append(np.floor(times[good] / unit).astype(np.int64))
-            timed = part.times is not None
+            columns[3].append(np.floor(times / unit))
         n_rows, n_bad = n_rows + len(good), n_bad + len(bad)
     if n_bad > BAD_SHARE * n_rows:
         raise UserError(
             f"{path}: {n_bad:,} of {n_rows:,} rows cannot be read, more than the {BAD_SHARE:.0%} that "
             f"--skip_bad_rows drops; the first: {'; '.join(shown)}"
         )
-    if not columns[0]:
+    if not n_rows:
         raise UserError(f"{path} holds no ratings: it is empty, or a header alone")
     notes = [f"dropped {n_bad:,} of {n_rows:,} rows that cannot be read: {'; '.join(shown)}"] * (n_bad > 0)
     notes += ["there is no time column, so each user's ratings keep the order of the file"] * (not timed)
-    return join(columns, ids), notes
+    users, items, ratings, times = (column.whole() for column in columns)
+    users, user_ids = ascending(users, ids[0])
+    items, item_ids = ascending(items, ids[1])
+    return Columns(users, items, ratings, times, user_ids, item_ids), notes
+
+
+class Growing:
+    """An array that grows in its place: a list of parts, joined in the end, would take the memory twice."""
+
+    def __init__(self, dtype):
+        self.data, self.used = np.empty(0, dtype), 0
+
+    def append(self, values):
+        end = self.used + len(values)
+        if end > len(self.data):
+            self.data.resize(end + end // 8, refcheck=False)
+        self.data[self.used : end] = values
+        self.used = end
+
+    def whole(self):
+        self.data.resize(self.used, refcheck=False)
+        return self.data
 
 
 def number(codes, texts, good, ids):
@@ -447,21 +469,10 @@ def number(codes, texts, good, ids):
     return np.array(numbers, dtype=np.int32)[codes]
 
 
-def time_unit(times, good):
+def time_unit(times):
     """How many of the times' units make a second: they are seconds, or milli-, micro- or nanoseconds."""
-    typical = 0 if times is None else np.median(np.abs(times[good]))
+    typical = np.median(np.abs(times))
     return next((unit for unit in (1, 1e3, 1e6) if typical < 1e11 * unit), 1e9)
-
-
-def join(columns, ids):
-    """`Columns` of lists of arrays, which are emptied on the way, because they may fill half the memory."""
-    joined = []
-    for arrays in columns:
-        joined.append(np.concatenate(arrays))
-        arrays.clear()
-    users, user_ids = ascending(joined[0], ids[0])
-    items, item_ids = ascending(joined[1], ids[1])
-    return Columns(users, items, joined[2], joined[3], user_ids, item_ids)
 
 
 def ascending(numbers, ids):
