@@ -37,6 +37,9 @@ PAPER_FORM = {
     "average": 0.0,
     "gru4rec_n_layers": 2,
     "pretrain_epochs": 100,
+    "val_size": 600,
+    "val_targets": 1,
+    "log_interval": 200,
 }
 
 
