@@ -4,6 +4,7 @@
     python main.py --use_adaptive_loss=False                            # MAML
     python main.py --use_multi_step=False --use_adaptive_loss=False     # FO-MAML: first order
     python main.py --mode=sample --num_train_iterations=200             # the bundled sample: under a minute on a laptop
+    python main.py --resume                                             # after an interruption: the same bits
     python main.py --test                                               # the best checkpoint on the test users
 
 The run is kept in <log_dir>/<mode>-<model>-<method>/; the same options with --test find it there.
@@ -26,7 +27,7 @@ def main(argv=None):
     system = training.build_system(problem, opts)
     if opts.load_pretrained or opts.load_pretrained_embedding:
         testing.load_pretrained(system, problem, opts)
-    system.to(choose_device(opts.device))
+    system.to(choose_device(opts.device, opts.deterministic))
     return training.fit(system, problem, opts, folder)
 
 

@@ -269,11 +269,28 @@ def add_run_options(parser):
     add("log_dir", "./log", str, "where main.py keeps its runs")
     add("log_interval", 50, count(1), "iterations between validations")
     add("checkpoint_minutes", 5.0, real(0), "minutes between checkpoints to go on from")
+    add("checkpoint_interval", 0, count(0), "iterations between these; 0 = by minutes alone")
     add("keep_checkpoints", 3, count(1), "how many of these are kept beside the best")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest whole checkpoint, if there is one; a larger --num_train_iterations trains a "
+        "finished run further, at the learning rates of the longer cosine",
+    )
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
     add("checkpoint_step", -1, count(-1), "checkpoint for --test; -1 = the best of validation")
+    parser.add_argument(
+        "--skip_nonfinite",
+        action="store_true",
+        help="leave out and count iterations whose loss or gradient is not finite, which otherwise end the run",
+    )
     add("device", "auto", str, "where to compute", choices=["auto", "cpu", "cuda"])
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="use repeatable operations alone on a GPU, or stop where there is none; without it the same command "
+        "gives the same bits on a CPU with the same number of threads, and on a GPU may differ in the last digits",
+    )
     parser.add_argument("--test", action="store_true", help="evaluate a checkpoint on the test users")
     parser.add_argument("--test_baseline", action="store_true", help="with --test: the simple predictors beside it")
 

@@ -26,7 +26,7 @@ def main(argv=None):
     problem = training.load_problem(opts)
     if opts.num_train_iterations is None:
         opts.num_train_iterations = math.ceil(opts.pretrain_epochs * len(problem.train) / opts.batch_size)
-    system = training.build_system(problem, opts).to(choose_device(opts.device))
+    system = training.build_system(problem, opts).to(choose_device(opts.device, opts.deterministic))
     return training.fit(system, problem, opts, folder)
 
 

@@ -2,7 +2,7 @@
 
     <log_dir>/<mode>-<model>-<method>/
         lock                            process id and host of the run that writes here; empty when none does
-        config.json                     options, versions, data fingerprint, command
+        config.json                     options, versions, data fingerprint, command, continuations
         checkpoints/step-00000100.pt    after iteration 100; the last few are kept
         checkpoints/best.pt             the best of validation
 
@@ -47,6 +47,7 @@ STEP_NAME = re.compile(r"step-(\d{8,})\.pt")
 # shown, how often is saved, how much is computed at once, and what was asked of this one command.
 MAY_CHANGE = (
     "cache_dir",
+    "checkpoint_interval",
     "checkpoint_minutes",
     "checkpoint_step",
     "data_path",
@@ -58,6 +59,7 @@ MAY_CHANGE = (
     "overwrite",
     "pretrain_log_dir",
     "resume",
+    "skip_nonfinite",
     "task_chunk",
     "test",
     "test_baseline",
@@ -258,10 +260,23 @@ def write_config(folder, config):
         **config,
         "options": as_stored(config["options"]),
         "versions": versions(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "format_version": CONFIG_VERSION,
     }
     write_json(Path(folder) / "config.json", whole)
+
+
+def note_continuation(folder, config, step):
+    """Add to `config`, as read from config.json, that the run goes on from `step`: how, and under which versions."""
+    earlier = config.get("continued")
+    entry = {"step": step, "command": command_line(), "versions": versions()}
+    entries = [*(earlier if isinstance(earlier, list) else []), entry]
+    write_json(Path(folder) / "config.json", {**config, "continued": entries})
+
+
+def command_line():
+    """The command that started this process, for a shell."""
+    return shlex.join(["python", *sys.argv])
 
 
 def versions():
@@ -357,9 +372,7 @@ def warn_versions(config):
         if config["versions"].get(name) != version
     ]
     if changes:
-        print(
-            f"warning: versions have changed ({', '.join(changes)}): last digits may differ", file=sys.stderr
-        )
+        print(f"warning: versions have changed ({', '.join(changes)}): last digits may differ", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -448,12 +461,8 @@ def checkpoint_path(folder, step=-1):
         return best
     there = [str(number) for number in steps] + ([f"{best_step} (the best)"] if best_step is not None else [])
     if not there:
-        raise UserError(
-            f"{folder} holds no checkpoint: train first, with the same --log_dir, --mode and method"
-        )
-    raise UserError(
-        f"{folder} has no checkpoint of step {step}: --checkpoint_step can be {', '.join(there)} or -1"
-    )
+        raise UserError(f"{folder} holds no checkpoint: train first, with the same --log_dir, --mode and method")
+    raise UserError(f"{folder} has no checkpoint of step {step}: --checkpoint_step can be {', '.join(there)} or -1")
 
 
 def step_of(path):
@@ -468,10 +477,14 @@ def step_of(path):
 def load_newest(folder, kinds=None):
     """The state of the newest whole checkpoint, None where there is no checkpoint at all; `kinds` as below.
 
-    A damaged one is skipped with a warning on standard error for the one before; UserError where all are.
+    The best of validation counts too: going on from an older one would leave it ahead of the run. A damaged
+    checkpoint is skipped with a warning on standard error for the one before; UserError where all are.
     """
-    paths = list(find_checkpoints(folder).values())
-    for path in reversed(paths):
+    paths = list(find_checkpoints(folder).items())
+    best = Path(folder) / "checkpoints" / "best.pt"
+    if best.is_file():
+        paths.append((-1 if (step := step_of(best)) is None else step, best))
+    for _, path in sorted(paths, reverse=True):
         try:
             return load_checkpoint(path, kinds)
         except UserError as error:

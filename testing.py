@@ -12,7 +12,7 @@ import training
 from utils import UserError, choose_device
 
 # What --test takes from the command line where it is given there; everything else is the checkpoint's own.
-FROM_COMMAND = ("data_path", "cache_dir", "data_url", "device", "log_dir")
+FROM_COMMAND = ("data_path", "cache_dir", "data_url", "device", "log_dir", "task_chunk")
 
 
 def load_system(path, options, problem=None):
@@ -20,19 +20,14 @@ def load_system(path, options, problem=None):
 
     UserError where the checkpoint is damaged, of another model, or belongs to other data than those at hand.
     """
-    state = runs.load_checkpoint(path)
-    for part in ("options", "system", "fingerprint"):
-        if part not in state:
-            raise UserError(
-                f"{path} lacks '{part}' and was not written by main.py or pretrain.py: use another checkpoint"
-            )
+    state = runs.load_checkpoint(path, training.STATE)
     given = {name: value for name in FROM_COMMAND if (value := getattr(options, name)) is not None}
     stored = option_module.restore(state["options"], given, path)
     problem = problem or training.load_problem(stored)
     runs.check_fingerprint(state["fingerprint"], problem.ratings.fingerprint, path)
     system = training.build_system(problem, stored, fresh=False)
     training.load_parameters(system, state["system"], path)
-    return system.to(choose_device(options.device)), stored, problem
+    return system.to(choose_device(options.device, stored.deterministic)), stored, problem
 
 
 def load_pretrained(system, problem, options):
@@ -59,7 +54,8 @@ def test(folder, options):
     """Test the checkpoint `checkpoint_step` (-1: the best), print its figures and write test.json. Returns 0."""
     path = runs.checkpoint_path(folder, options.checkpoint_step)
     system, stored, problem = load_system(path, options)
-    scored = training.evaluate(system, problem, problem.test)
+    with training.naming_what_to_lower(options):
+        scored = training.evaluate(system, problem, problem.test)
     users = f"fold {stored.fold} of {stored.num_folds}" if stored.fold >= 0 else "drawn"
     print(f"{folder.name}, {path.name}: {len(scored.user)} test users ({users} by seed {stored.random_seed})")
     report = {"checkpoint": path.name, "options": vars(stored), **figures(scored, scored.prediction, problem.ratings)}

@@ -1,24 +1,69 @@
 """What a run shows: its progress bar, its lines in a log file, its TensorBoard events."""
 
+import io
+import os
+import re
+import socket
 import sys
+import time
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
 import dataloader
 import maml
 import metrics
+import runs
+
+
+class EventLog:
+    """TensorBoard events in a new file of a folder, written by `flush`.
+
+    Not torch's SummaryWriter, which writes from a thread: there, a full disk is noticed late, and a checkpoint
+    may be on the disk before the points that it counts on.
+    """
+
+    def __init__(self, folder, purge_step=None):
+        """With `purge_step`, readers drop what the files before it hold from that step on."""
+        stamps = re.findall(r"tfevents\.(\d{10})\.", " ".join(path.name for path in folder.glob("events.*")))
+        stamp = max([int(time.time()), *(int(earlier) + 1 for earlier in stamps)])  # files are read in order of names
+        self.path = folder / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
+        self.pending = io.BytesIO()
+        self.add(file_version="brain.Event:2")
+        if purge_step is not None:
+            self.add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+        self.flush()
+
+    def add(self, **fields):
+        RecordWriter(self.pending).write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def add_scalar(self, tag, value, step):
+        self.add(step=step, summary=summary.scalar(tag, value))
+
+    def flush(self):
+        """Have all events on the disk; UserError where they cannot be written."""
+        try:
+            with open(self.path, "ab") as file:
+                file.write(self.pending.getvalue())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise runs.cannot_write(self.path, error) from error
+        self.pending = io.BytesIO()
 
 
 def open_log(run):
-    """A TensorBoard writer in the run's folder; a run that goes on replaces the points behind its checkpoint."""
-    begun = run.loop["validated"] >= 0
-    log = SummaryWriter(str(run.folder), purge_step=run.loop["iteration"] + 1 if begun else None)
-    if not begun:
-        rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(run.options).items()))
-        log.add_text("options", f"| option | value |\n|---|---|\n{rows}")
+    """An `EventLog` in the run's folder; a run that goes on replaces the points behind its checkpoint."""
+    validated = run.loop["validated"]
+    if validated >= 0:
+        return EventLog(run.folder, purge_step=validated + 1)
+    log = EventLog(run.folder)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(run.options).items()))
+    log.add(summary=summary.text("options", f"| option | value |\n|---|---|\n{rows}"))
     return log
 
 
@@ -55,7 +100,10 @@ def log_validation(run, log, bar, scored):
     log.add_scalar("charts/iterations_per_second", iteration / max(loop["seconds"], 1e-9), iteration)
     for group in run.optimizer.param_groups:
         log.add_scalar(f"learning_rate/{group['name']}", group["lr"], iteration)
+    if loop["skipped"]:
+        log.add_scalar("train/skipped_iterations", loop["skipped"], iteration)
     log_learned(run, log)
+    log.flush()
     if bar.disable:
         shown = f"loss {loop['sums'][1] / loop['since']:.4f}  " if loop["since"] else ""
         print(f"iteration {iteration:6d}  {shown}validation RMSE {rmse:.4f}  {loop['seconds']:.0f} s", flush=True)

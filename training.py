@@ -4,6 +4,7 @@ The random draws of iteration i come from streams seeded by (random_seed, i), so
 checkpoint sees what it would have seen.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -87,8 +88,9 @@ class Scored(NamedTuple):
 
 
 @torch.no_grad()
-def predict(system, tasks, chunk=256):
+def predict(system, tasks):
     """Predicted ratings (T, K + 1) of each task's single query after 0..K inner steps, float64 on the data's scale."""
+    chunk = system.options.task_chunk or 256
     parts = [system(move(tasks, system, i, i + chunk))[..., 0] for i in range(0, len(tasks.table), chunk)]
     return system.to_rating(torch.cat(parts)).cpu().numpy()
 
@@ -171,11 +173,45 @@ def train_step(system, optimizer, tasks, options, iteration):
     norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
     figures = torch.stack([total[0], total[-1], norm]).tolist()
     if not all(map(math.isfinite, figures)):
-        raise FloatingPointError(
-            f"iteration {iteration}: query loss {figures[1]:g}, norm of the meta-gradient {figures[2]:g}"
-        )
+        raise FloatingPointError(divergence(options, iteration, *figures))
     optimizer.step()
     return figures
+
+
+def divergence(options, iteration, before, after, norm):
+    """What was not finite at an iteration, and the option that is likely to blame, in one sentence."""
+    if options.num_inner_steps == 0:
+        likely = "--pretraining_lr"
+    else:
+        likely = "--inner_lr" if math.isfinite(before) else "--outer_lr"
+    return (
+        f"iteration {iteration}: the query loss is {after:g} and the norm of the meta-gradient {norm:g}: train again "
+        f"with a lower {likely}, or leave such iterations out with --resume --skip_nonfinite"
+    )
+
+
+@contextlib.contextmanager
+def naming_what_to_lower(options):
+    """Turn want of memory into a UserError that names the option to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        chunk = options.task_chunk or options.batch_size
+        if isinstance(error, MemoryError):  # from numpy, which draws all tasks of a batch at once
+            remedy = f"lower --batch_size, which is {options.batch_size}"
+        elif chunk > 1:
+            remedy = f"give --task_chunk={chunk // 2}, which changes no more than last digits"
+        else:
+            remedy = f"lower --num_samples, which is {options.num_samples}, or --max_seq_len"
+        raise UserError(f"out of memory: {remedy}; a checkpoint goes on with --resume") from error
+
+
+def is_out_of_memory(error):
+    """Whether an error is torch's (GPU or CPU), Python's or NumPy's for want of memory."""
+    signs = "not enough memory", "can't allocate memory", "bad_alloc"
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 class Run(NamedTuple):
@@ -191,33 +227,25 @@ class Run(NamedTuple):
 
 
 def fit(system, problem, options, folder):
-    """Train in a run's folder until the last iteration or a signal; the exit status: 0, 130 or 143.
+    """Train in a run's folder until the last iteration or a signal; the exit status.
 
-    Checkpoints hold all that going on needs: parameters, optimizer, loop state, id maps, scale, options.
+    That is 0, 130 or 143 after a signal, 3 where loss or gradient are not finite. Checkpoints hold all that going on
+    needs: parameters, optimizer, loop state, id maps, options.
     """
     optimizer = torch.optim.AdamW(parameter_groups(system, options))
     average = AveragedModel(system, multi_avg_fn=get_ema_multi_avg_fn(options.average))
     run = Run(system, average, problem, options, folder, optimizer, new_loop())
-    with runs.lock_folder(folder), runs.Interruption() as stop:
+    with runs.lock_folder(folder), runs.Interruption() as stop, naming_what_to_lower(options):
         start(run)
-        log, bar = tracking.open_log(run), tracking.progress(run)
-        clock = time.monotonic() - run.loop["seconds"]
-        saved = time.monotonic()
-        while True:
-            iteration = run.loop["iteration"]
-            last = iteration >= options.num_train_iterations
-            run.loop["seconds"] = time.monotonic() - clock
-            if run.loop["validated"] != iteration and (last or iteration % options.log_interval == 0):
-                validate(run, log, bar)
-            if last or stop.requested or time.monotonic() - saved > 60 * options.checkpoint_minutes:
+        try:
+            iterate(run, stop)
+        except FloatingPointError as error:
+            with contextlib.suppress(FloatingPointError):
                 save(run)
-                saved = time.monotonic()
-            if last or stop.requested:
-                break
-            train_iteration(run)
-            bar.update()
-        bar.close()
-        log.close()
+            print(f"error: {error}", file=sys.stderr)
+            return 3
+    if run.loop["skipped"]:
+        print(f"left out {run.loop['skipped']} iterations that were not finite", file=sys.stderr)
     if stop.requested:
         print(
             f"stopped after iteration {run.loop['iteration']}; the same command with --resume goes on", file=sys.stderr
@@ -225,61 +253,168 @@ def fit(system, problem, options, folder):
     return stop.exit_code
 
 
+def iterate(run, stop):
+    """Train until the last iteration or a signal; validate and save on the way."""
+    log, bar = tracking.open_log(run), tracking.progress(run)
+    clock = time.monotonic() - run.loop["seconds"]
+    saved = time.monotonic()
+    while True:
+        iteration = run.loop["iteration"]
+        last = iteration >= run.options.num_train_iterations
+        run.loop["seconds"] = time.monotonic() - clock
+        if run.loop["validated"] != iteration and (last or iteration % run.options.log_interval == 0):
+            validate(run, log, bar)
+        if last or stop.requested or is_save_due(run, saved):
+            save(run)
+            saved = time.monotonic()
+        if last or stop.requested:
+            break
+        train_iteration(run)
+        bar.update()
+    bar.close()
+
+
+def is_save_due(run, saved):
+    """Whether it is time for a checkpoint, the last being of `saved` on the monotonic clock."""
+    interval, options = run.options.checkpoint_interval, run.options
+    if interval and run.loop["iteration"] % interval == 0:
+        return True
+    return time.monotonic() - saved > 60 * options.checkpoint_minutes
+
+
 def new_loop():
     """The loop state of a run that begins."""
-    best = {"best_rmse": math.inf, "best_iteration": 0}
-    return {"iteration": 0, "validated": -1, "seconds": 0.0, "since": 0, "sums": [0.0, 0.0, 0.0], **best}
+    return {
+        "iteration": 0,
+        "validated": -1,  # the iteration of the last validation
+        "seconds": 0.0,
+        "since": 0,  # iterations since then, and the sums of their figures
+        "sums": [0.0, 0.0, 0.0],
+        "skipped": 0,
+        "best_rmse": math.inf,
+        "best_iteration": 0,
+    }
+
+
+# What a checkpoint holds beside its step; see `save`.
+STATE = {
+    "system": dict,
+    "last": dict,
+    "optimizer": dict,
+    "loop": dict,
+    "options": dict,
+    "fingerprint": str,
+    "item_ids": list,
+    "levels": list,
+}
 
 
 def start(run):
     """Begin in an empty folder, or with --resume go on from its newest whole checkpoint."""
-    state = runs.load_newest(run.folder) if run.options.resume else None
+    state = runs.load_newest(run.folder, STATE) if run.options.resume else None
     if state is None:
         runs.start_anew(run.folder, run.options.overwrite)
         runs.write_config(run.folder, {"options": run.options, "fingerprint": run.problem.ratings.fingerprint})
         return
     runs.check_fingerprint(state["fingerprint"], run.problem.ratings.fingerprint, run.folder)
     runs.check_resume(state["options"], run.options)
-    runs.warn_versions(runs.read_config(run.folder))
+    config = runs.read_config(run.folder)
+    runs.warn_versions(config)
+    restore(run, state)
+    check_best(run)
+    runs.note_continuation(run.folder, config, run.loop["iteration"])
+
+
+def restore(run, state):
+    """Put a checkpoint's state into a run; UserError where it does not fit."""
+    loop, kinds = state["loop"], {name: type(value) for name, value in run.loop.items()}
+    problem = runs.wrong_entry(loop, kinds)
+    if problem or loop["iteration"] != state["step"] or [type(total) for total in loop["sums"]] != [float] * 3:
+        raise UserError(
+            f"the loop state of the checkpoint in {run.folder} is damaged: train again in another --log_dir"
+        )
     load_parameters(run.system, state["last"], run.folder)
     load_parameters(run.average.module, state["system"], run.folder)
-    run.average.n_averaged.fill_(state["loop"]["iteration"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.loop.update(state["loop"])
+    load_moments(run.optimizer, state["optimizer"], run.folder)
+    run.average.n_averaged.fill_(loop["iteration"] - loop["skipped"])
+    run.loop.update(loop)
+    set_rates(run, loop["iteration"] - 1)
+
+
+def load_moments(optimizer, state, source):
+    """Load what AdamW knows of its parameters, {number: moments}; UserError where it does not fit them."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = {
+        number: {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
+        for number, p in enumerate(parameters)
+    }
+    for number, moments in state.items():
+        values = moments if isinstance(moments, dict) else {}
+        found = {name: tuple(value.shape) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        if found != shapes.get(number) or any(value.dtype != torch.float32 for value in values.values()):
+            raise UserError(f"the optimizer state of the checkpoint in {source} is damaged: use another --log_dir")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def check_best(run):
+    """Where the best checkpoint is lost or damaged, say so and let the next validation make one."""
+    loop = run.loop
+    if loop["best_rmse"] == math.inf:
+        return
+    with contextlib.suppress(UserError):
+        if runs.load_checkpoint(runs.checkpoint_path(run.folder))["step"] == loop["best_iteration"]:
+            return
+    print(f"warning: the best checkpoint in {run.folder} is lost: from here on another is chosen", file=sys.stderr)
+    loop["best_rmse"] = math.inf
 
 
 def save(run, best=False):
-    """Write a checkpoint of the run."""
-    ratings = run.problem.ratings
+    """Write a checkpoint of the run; FloatingPointError where its parameters are not finite."""
+    ratings, iteration = run.problem.ratings, run.loop["iteration"]
+    if not all(p.isfinite().all() for p in run.system.parameters()):
+        raise FloatingPointError(
+            f"iteration {iteration}: the last step made parameters that are not finite: train again with a lower "
+            "--outer_lr; the checkpoint before is whole"
+        )
     state = {
         "system": run.average.module.state_dict(),
         "last": run.system.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": run.optimizer.state_dict()["state"],
         "loop": run.loop,
         "options": runs.as_stored(run.options),
         "fingerprint": ratings.fingerprint,
         "item_ids": ratings.item_ids.tolist(),
         "levels": ratings.levels.tolist(),
     }
-    iteration = run.loop["iteration"]
     if best:
         runs.save_best(run.folder, iteration, state)
     else:
         runs.save_checkpoint(run.folder, iteration, state, run.options.keep_checkpoints)
 
 
-def train_iteration(run):
-    """Draw the iteration's tasks and take one outer step."""
-    iteration, options = run.loop["iteration"], run.options
-    factor = anneal(options, iteration)
+def set_rates(run, iteration):
+    """Set all learning rates for an iteration."""
+    factor = anneal(run.options, iteration)
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
+
+
+def train_iteration(run):
+    """Draw the iteration's tasks and take one outer step, or leave it out where it is not finite."""
+    loop, options, iteration = run.loop, run.options, run.loop["iteration"]
+    set_rates(run, iteration)
     tasks = dataloader.sample_tasks(run.problem.sequences, run.problem.train, options, iteration)
-    figures = train_step(run.system, run.optimizer, move(tasks, run.system), options, iteration)
-    run.average.update_parameters(run.system)
-    run.loop["sums"] = [total + figure for total, figure in zip(run.loop["sums"], figures, strict=True)]
-    run.loop["since"] += 1
-    run.loop["iteration"] += 1
+    try:
+        figures = train_step(run.system, run.optimizer, move(tasks, run.system), options, iteration)
+    except FloatingPointError:
+        if not options.skip_nonfinite:
+            raise
+        loop["skipped"] += 1
+    else:
+        run.average.update_parameters(run.system)
+        loop["sums"] = [total + figure for total, figure in zip(loop["sums"], figures, strict=True)]
+        loop["since"] += 1
+    loop["iteration"] += 1
 
 
 def validate(run, log, bar):
@@ -288,6 +423,10 @@ def validate(run, log, bar):
     users = run.problem.validation[: options.val_size]
     scored = evaluate(run.average.module, run.problem, users, num_targets=options.val_targets)
     error, _ = metrics.rmse((scored.prediction - scored.target) ** 2)
+    if not math.isfinite(error):
+        raise FloatingPointError(
+            f"iteration {loop['iteration']}: the RMSE of validation is {error:g}: train again with a lower --outer_lr"
+        )
     loop["validated"] = loop["iteration"]
     if better := error < loop["best_rmse"]:
         loop["best_rmse"], loop["best_iteration"] = error, loop["iteration"]

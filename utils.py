@@ -1,5 +1,6 @@
 """Small things that every script shares: errors, seeds, devices, metrics."""
 
+import os
 import sys
 
 import numpy as np
@@ -11,12 +12,15 @@ class UserError(Exception):
 
 
 def run_script(main):
-    """Run `main()`; a `UserError` becomes one line on standard error and exit status 2."""
+    """Run `main()`; a `UserError` becomes one line on standard error and exit status 2, Ctrl-C status 130."""
     try:
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def random_stream(seed, *stream):
@@ -24,8 +28,14 @@ def random_stream(seed, *stream):
     return np.random.default_rng([seed, *stream])
 
 
-def choose_device(name):
-    """The torch device of `--device`; auto takes the GPU where there is one."""
+def choose_device(name, deterministic=False):
+    """The torch device of `--device`; auto takes the GPU where there is one.
+
+    With `deterministic`, torch raises RuntimeError for an operation that it cannot repeat bit for bit.
+    """
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the first matrix product is made
+        torch.use_deterministic_algorithms(True)
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda: torch finds no GPU here; use --device=cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

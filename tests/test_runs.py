@@ -114,14 +114,7 @@ tensors = st.builds(
     st.lists(st.integers(0, 1), max_size=5),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool]),
 )
-leaves = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**70), 2**70)
-    | st.floats(allow_nan=False)
-    | st.text()
-    | tensors
-)
+leaves = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text() | tensors
 values = st.recursive(
     leaves,
     lambda inner: (
@@ -161,9 +154,7 @@ def test_training_state_comes_back(tmp_path):
 
 def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path):
     whole = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0))
-    path = runs.save_best(
-        tmp_path, 1, {"row": whole[3], "column": whole[:5, 7], "spread": whole[0, 0].expand(9)}
-    )
+    path = runs.save_best(tmp_path, 1, {"row": whole[3], "column": whole[:5, 7], "spread": whole[0, 0].expand(9)})
     assert path.stat().st_size < 20_000
     assert same(runs.load_checkpoint(path)["column"], whole[:5, 7].contiguous())
 
@@ -335,10 +326,7 @@ def test_code_in_a_pickle_is_not_run(folder, tmp_path, new_format, wrapped):
 def deflated(payload):
     """The archive again, with compression."""
     result = io.BytesIO()
-    with (
-        zipfile.ZipFile(io.BytesIO(payload)) as old,
-        zipfile.ZipFile(result, "w", zipfile.ZIP_DEFLATED) as new,
-    ):
+    with zipfile.ZipFile(io.BytesIO(payload)) as old, zipfile.ZipFile(result, "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
     return result.getvalue()
@@ -400,9 +388,7 @@ def test_what_is_not_a_file_is_refused(tmp_path):
 
 places = st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0, 1)
 edits = st.lists(
-    st.tuples(
-        st.sampled_from(["flip", "set", "cut", "insert", "end"]), places, st.binary(min_size=1, max_size=8)
-    ),
+    st.tuples(st.sampled_from(["flip", "set", "cut", "insert", "end"]), places, st.binary(min_size=1, max_size=8)),
     min_size=1,
     max_size=4,
 )
@@ -606,10 +592,7 @@ def shut_folder():
 
 def test_read_only_folder(shut_folder):
     with ordinary_user():
-        with (
-            pytest.raises(UserError, match="cannot write .*Permission denied"),
-            runs.lock_folder(shut_folder),
-        ):
+        with pytest.raises(UserError, match="cannot write .*Permission denied"), runs.lock_folder(shut_folder):
             pass
         with pytest.raises(UserError, match="Permission denied.*--log_dir"):
             runs.save_checkpoint(shut_folder, 40, state_of(40))
@@ -662,9 +645,7 @@ def test_killed_while_saving(folder, tmp_path):
         os.kill(process, signal.SIGKILL)
         assert exit_code(process) == -signal.SIGKILL
         assert_all_whole(folder)
-        with runs.lock_folder(
-            folder
-        ):  # that of the dead process is taken over, what it left half-written removed
+        with runs.lock_folder(folder):  # that of the dead process is taken over, what it left half-written removed
             assert not list(folder.rglob("*.tmp"))
 
 
@@ -706,11 +687,7 @@ def test_file_system_without_locks(folder, monkeypatch):
 
     monkeypatch.setattr(runs.fcntl, "flock", flock)
     (folder / "lock").write_text(f"999999999 {socket.gethostname()}\n")  # beyond the largest process id
-    with (
-        runs.lock_folder(folder),
-        pytest.raises(UserError, match="in use by process"),
-        runs.lock_folder(folder),
-    ):
+    with runs.lock_folder(folder), pytest.raises(UserError, match="in use by process"), runs.lock_folder(folder):
         pass
     with runs.lock_folder(folder):
         pass
