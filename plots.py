@@ -8,6 +8,7 @@ import io
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import metrics
 import runs
@@ -113,7 +114,9 @@ def add_legend(figure, axes):
         for line, label in zip(*panel.get_legend_handles_labels(), strict=True):
             lines.setdefault(label, line)
     columns = min(len(lines), 2 if figure.get_figwidth() < 6 else 3)
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=columns, frameon=False, handlelength=3.2
+    )
 
 
 def draw_categories(curves, ticks, x_label, y_label):
@@ -162,6 +165,7 @@ def draw_validation(about):
         return None
     figure, axes = grid(found, "minutes of training", "validation RMSE")
     for panel, lines in zip(axes, found.values(), strict=True):
+        panel.xaxis.set_major_locator(MaxNLocator(5))
         for method, curve in lines:
             seconds, rmse = np.array(curve).T
             panel.plot(seconds / 60, rmse, label=METHODS[method], **LOOK[method], markersize=3, linewidth=1)

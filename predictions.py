@@ -29,6 +29,7 @@ from utils import UserError
 
 SHOTS = (1, 2, 3, 5, 10, 20, 29)  # support ratings of the cold-start curve, as far as max_seq_len allows
 SIMPLE_OPTIONS = ("fold", "num_folds", "num_test_data", "random_seed", "max_seq_len", "mode")
+LENSKIT = {"bias": "LensKit bias", "als": "LensKit ALS"}
 
 
 class Cell(NamedTuple):
@@ -215,4 +216,4 @@ def lenskit(ratings, train, support, chosen):
     except UserError as error:
         print(f"left out: {error}", file=sys.stderr)
         return {}
-    return {f"LensKit {name}": prediction[None] for name, prediction in found.items()}
+    return {LENSKIT[name]: prediction[None] for name, prediction in found.items()}

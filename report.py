@@ -6,13 +6,11 @@ several seeds, its errors are averaged over them first.
 
 import csv
 import io
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 import metrics
-import plots
 import runs
 from utils import UserError
 
@@ -23,30 +21,18 @@ KEY = ["fold", "seed", "user"]
 FIGURES = ("rmse", "mae", "macro_rmse")
 
 
-def write(folder, cells, paths):
-    """Write tables and pictures of the cells, whose kept files are `paths` {cell: path}; the text of the table.
-
-    A cell without a file is shown as not run.
-    """
-    if not paths:
-        raise UserError("there are no predictions to make a table of: run the same command without --report_only")
-    rows, about = load(paths)
-    wanted = groups_of(cells, rows)
-    figures = {group: summary(rows, group) for group in wanted}
-    differences = all_differences(rows, wanted, figures)
+def write(folder, cells, rows, about):
+    """Write the tables of the cells from what `load` gave; the text of table.md. A cell without a file was not run."""
+    groups = groups_of(cells, rows)
+    figures = {group: summary(rows, group) for group in groups}
+    differences = all_differences(rows, figures)
     text = [f"# {next(iter(about.values()))['mode']}", "", markdown(*figure_table(figures)), ""]
     text += ["Differences of two methods on the same targets; below zero, the first is better.", ""]
     text += [markdown(*difference_table(differences)), "", *notes(rows, about, cells), ""]
     text = "\n".join(text)
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {folder} ({error.strerror}): choose another --report") from error
     runs.write_atomic(folder / "table.md", text.encode())
     runs.write_atomic(folder / "table.csv", as_csv(*figure_csv(figures)))
     runs.write_atomic(folder / "differences.csv", as_csv(*difference_csv(differences)))
-    plots.draw_all(folder, rows, about, figures)
     return text
 
 
@@ -55,7 +41,9 @@ def write(folder, cells, paths):
 
 
 def load(paths):
-    """All predictions with their errors, one row each, and what is known of each cell's run: (table, {cell: ...})."""
+    """The kept predictions {cell: path}, with errors, and what is known of each run: (table, {cell: ...})."""
+    if not paths:
+        raise UserError("there are no predictions to make a table of: run the same command without --report_only")
     frames = {cell: pd.read_parquet(path) for cell, path in paths.items()}
     about = {cell: frame.attrs for cell, frame in frames.items()}
     if len({known["fingerprint"] for known in about.values()}) > 1:
@@ -103,13 +91,13 @@ def summary(rows, group):
 # paired differences
 
 
-def all_differences(rows, groups, figures):
+def all_differences(rows, figures):
     """(learner's name, what is compared, comparison of squared errors, of macro-RMSE) of each pair; None: not run."""
-    found, simple = [], best(groups, figures, "simple", False)
-    for learner, paper in dict.fromkeys((learner, paper) for learner, _, paper in groups if learner != "simple"):
+    found, simple = [], best(figures, "simple", False)
+    for learner, paper in dict.fromkeys((learner, paper) for learner, _, paper in figures if learner != "simple"):
         pairs = [((learner, one, paper), (learner, other, paper)) for one, other in PAIRS]
-        pairs = [pair for pair in pairs if set(pair) <= set(groups)]
-        if (ours := best(groups, figures, learner, paper)) and simple:
+        pairs = [pair for pair in pairs if set(pair) <= set(figures)]
+        if (ours := best(figures, learner, paper)) and simple:
             pairs.append((ours, simple))
         for one, other in pairs:
             names = f"{METHODS[one[1]]} − {METHODS.get(other[1], other[1])}"
@@ -117,9 +105,9 @@ def all_differences(rows, groups, figures):
     return found
 
 
-def best(groups, figures, learner, paper):
+def best(figures, learner, paper):
     """The learner's row with the least RMSE on the test targets, or None."""
-    mine = [g for g in groups if (g[0], g[2]) == (learner, paper) and figures[g]]
+    mine = [g for g in figures if (g[0], g[2]) == (learner, paper) and figures[g]]
     return min(mine, key=lambda group: figures[group]["rmse"], default=None)
 
 
@@ -206,9 +194,13 @@ def notes(rows, about, cells):
         f"Commit {listed_of(known, 'commit')}; torch {listed_of(known, 'torch')}; {listed_of(known, 'hardware')}; "
         f"{sum(trained) / 60:.1f} minutes of training in {len(trained)} runs.",
     ]
+    simple = at_full_support(rows[rows.learner == "simple"]).set_index(KEY)
+    ours, theirs = (simple.prediction[simple.method == name] for name in ("user + item effects", "LensKit bias"))
+    if len(theirs):
+        lines.append(f"Our damped effects and LensKit's bias model differ by at most {abs(ours - theirs).max():.1g}.")
     if missing := len(cells) - len(about):
         lines.append(f"{missing} of {len(cells)} runs are missing: -- where nothing was run.")
-    return lines
+    return "\n\n".join(lines).split("\n")
 
 
 def listed(values):
