@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import datasets
 import options as option_module
+import plots
 import predictions
 import report
 import runs
@@ -227,10 +228,7 @@ def make_predictions(args, cells):
     options = {cell: read_options(args, cell) for cell in cells}
     fingerprint = datasets.load_ratings(options[cells[0]]).fingerprint
     folder, failed = args.output / "predictions", {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {folder} ({error.strerror}): choose another --output") from error
+    make_folder(folder)
     left = {
         cell: given
         for cell, given in options.items()
@@ -244,6 +242,13 @@ def make_predictions(args, cells):
     return failed
 
 
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path} ({error.strerror}): choose another folder") from error
+
+
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     cells = list_cells(args)
@@ -253,7 +258,10 @@ def main(argv=None):
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     paths = {cell: predictions.path_of(args.output / "predictions", cell) for cell in cells if cell not in failed}
-    print(report.write(args.report, cells, {cell: path for cell, path in paths.items() if path.exists()}))
+    rows, about = report.load({cell: path for cell, path in paths.items() if path.exists()})
+    make_folder(args.report)
+    plots.draw_all(args.report, cells, rows, about)
+    print(report.write(args.report, cells, rows, about))
     tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
     print(f"tables and pictures: {args.report}\nlearning curves: {tensorboard} --logdir {args.output}")
     for cell, error in failed.items():
