@@ -201,7 +201,8 @@ def read_pairs(path, users, recommender, titles):
     strangers = sorted({user for _, user, _ in rows} - by_id.keys())
     if strangers:
         say(
-            f"users of {path} without ratings get the unadapted prediction (users: {len(strangers):,}): {listed(strangers)}"
+            f"users of {path} without ratings get the unadapted prediction "
+            f"(users: {len(strangers):,}): {listed(strangers)}"
         )
     for stranger in strangers:
         by_id[stranger] = User(int(stranger) if whole and stranger.isdecimal() else stranger, nobody)

@@ -16,10 +16,12 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 import card
@@ -31,7 +33,7 @@ from utils import UserError, run_script
 
 __all__ = ["AdaptedUser", "Explanation", "Recommendation", "Recommender", "Support"]
 
-USERS_AT_ONCE = 256
+USERS_AT_ONCE = 32
 WIDEST_TITLE = 40  # characters in a table or picture
 MOST_LINES = 10  # in a picture
 ENDINGS = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
@@ -113,8 +115,7 @@ def check(options):
 
 def top_rows(recommender, users, n):
     """(user, rank, catalogue number, predicted rating) of each user's top items."""
-    for part in parts_of(users):
-        lists = recommender.top([user.support for user in part], n)
+    for part, lists in in_parts(recommender, users, lambda part: recommender.top([user.support for user in part], n)):
         for user, found in zip(part, lists, strict=True):
             for rank, (item, rating) in enumerate(found, 1):
                 yield user, rank, recommender.number(item), rating
@@ -125,22 +126,27 @@ def pair_rows(recommender, pairs):
     by_user = {}
     for place, pair in enumerate(pairs):
         by_user.setdefault(pair.user.id, (pair.user, []))[1].append(place)
-    ratings = np.empty(len(pairs))
-    for part in parts_of(list(by_user.values())):
+
+    def predict_part(part):
         numbers = [np.array([pairs[place].number for place in places]) for _, places in part]
-        found = recommender.predict([user.support for user, _ in part], numbers)
+        return recommender.predict([user.support for user, _ in part], numbers)
+
+    ratings = np.empty(len(pairs))
+    for part, found in in_parts(recommender, list(by_user.values()), predict_part):
         for (_, places), values in zip(part, found, strict=True):
             ratings[places] = values
     for (user, number), rating in zip(pairs, ratings.tolist(), strict=True):
         yield user, None, number, rating
 
 
-def parts_of(users):
-    """A few hundred users after the other, with a progress bar on a terminal."""
-    with tqdm(total=len(users), unit=" users", delay=2, leave=False, disable=not sys.stderr.isatty()) as bar:
-        for first in range(0, len(users), USERS_AT_ONCE):
-            part = users[first : first + USERS_AT_ONCE]
-            yield part
+def in_parts(recommender, users, work):
+    """(part, work(part)) for a few users after the other, with a thread for each core, and progress on a terminal."""
+    parts = [users[first : first + USERS_AT_ONCE] for first in range(0, len(users), USERS_AT_ONCE)]
+    threads = 1 if recommender.device.type == "cuda" else len(os.sched_getaffinity(0))
+    bar = tqdm(total=len(users), unit=" users", delay=2, leave=False, disable=not sys.stderr.isatty())
+    with bar, ThreadPoolExecutor(threads) as pool:
+        for part, found in zip(parts, pool.map(work, parts), strict=True):
+            yield part, found
             bar.update(len(part))
 
 
@@ -276,6 +282,7 @@ def plot(file, found, names, user, queries):
 
 def main(argv=None):
     options = parse(argv)
+    torch.set_num_threads(1)  # users are spread over the cores instead, which scales better than small operations
     clock = time.monotonic()
     recommender = Recommender.load(options.run, options.checkpoint_step, options.device)
     inputs.say(f"loaded {recommender.source} in {time.monotonic() - clock:.2f} s")
@@ -303,7 +310,7 @@ def predict(options, recommender):
     if options.plot and first:
         user = rows[0][0].id
         queries = [recommender.item_ids[number - 1] for who, _, number, _ in rows if who.id == user]
-        plot(options.plot, first, lambda item: titles.by_item.get(str(item), str(item))[:WIDEST_TITLE], user, queries)
+        plot(options.plot, first, lambda item: as_cell(titles.by_item.get(str(item), str(item))), user, queries)
     write(options, frame, weights)
 
 

@@ -26,7 +26,7 @@ EXPORT_VERSION = 1
 ENTRIES = {"options": dict, "system": dict, "item_ids": list, "levels": list, "fingerprint": str, "step": int}
 LOCAL = ("data_path", "cache_dir", "data_url", "log_dir", "pretrain_log_dir")  # options that name places of a machine
 ADAPTED_AT_ONCE = 128  # users
-SCORED_AT_ONCE = 8192  # queries, whose states then stay in the processor's cache
+SCORED_AT_ONCE = 65536  # items of all users
 
 Item = int | str
 
@@ -65,6 +65,7 @@ class Recommender:
         self.options = option_module.restore(state["options"], {"device": device}, source)
         self.item_ids: list[Item] = check_ids(state["item_ids"], source)
         self._system = build(state["system"], len(self.item_ids), self.options, source).to(choose_device(device))
+        self.device = self._system.scale.device
         self.mean, self.std, self.low, self.high = self._system.scale.tolist()
         self._numbers = {str(item): number for number, item in enumerate(self.item_ids, 1)}
         self._own = threading.local()
@@ -177,7 +178,7 @@ class Recommender:
         sequences = dataloader.Sequences(offsets, np.concatenate(items), standard)
         blank = np.zeros(query_items.shape)
         tasks = dataloader.assemble(sequences, offsets[:-1], lengths, query_items, blank, blank == 0, self.options)
-        return dataloader.Tasks(*(tensor.to(self._system.scale.device) for tensor in tasks))
+        return dataloader.Tasks(*(tensor.to(self.device) for tensor in tasks))
 
     @torch.no_grad()
     def _adapt(self, supports):
@@ -195,7 +196,7 @@ class Recommender:
     def _score(self, tasks, fast, items=None):
         """Standardised predictions (T, Q) of the catalogue numbers items (T, Q); None: of the whole catalogue.
 
-        The item tables are not copied for each user, and what does not depend on the user is computed once.
+        The item tables are not copied for each user.
         """
         learner = self._thread_system().learner
         tables = {name: learner.get_parameter(name) for name in learner.table_names()}
@@ -208,21 +209,20 @@ class Recommender:
 
         if items is not None:
             return vmap(one)(tasks, fast, items)
-        everything = torch.arange(1, len(self.item_ids) + 1, device=tasks.table.device)
-        return vmap(one, in_dims=(0, 0, None))(tasks, fast, everything)
+        everything = torch.arange(1, len(self.item_ids) + 1, device=self.device)
+        # One after the other: a catalogue's states just fill the processor's cache.
+        return torch.stack([one(cut(tasks, i), cut(fast, i), everything) for i in range(len(tasks.table))])
 
     def _scores(self, supports, numbers=None):
         """(number of the first user, `_score` (T, Q)) for a few users after the other; see SCORED_AT_ONCE."""
         for begin in range(0, len(supports), ADAPTED_AT_ONCE):
             tasks, fast = self._adapt(supports[begin : begin + ADAPTED_AT_ONCE])
-            items = None if numbers is None else padded(numbers[begin : begin + ADAPTED_AT_ONCE]).to(tasks.table.device)
-            width = len(self.item_ids) if items is None else items.shape[1]
-            step = max(1, SCORED_AT_ONCE // width)
+            items = None if numbers is None else padded(numbers[begin : begin + ADAPTED_AT_ONCE]).to(self.device)
+            step = max(1, SCORED_AT_ONCE // (len(self.item_ids) if items is None else items.shape[1]))
             for first in range(0, len(tasks.table), step):
                 part = slice(first, first + step)
-                some = dataloader.Tasks(*(tensor[part] for tensor in tasks))
-                adapted = {name: value[part] for name, value in fast.items()}
-                yield begin + first, self._score(some, adapted, None if items is None else items[part])
+                scores = self._score(cut(tasks, part), cut(fast, part), None if items is None else items[part])
+                yield begin + first, scores
 
     def _best(self, scores, supports, n):
         """Lists of `Recommendation` from the catalogue's scores (T, Q)."""
@@ -269,7 +269,14 @@ class AdaptedUser(NamedTuple):
         return self.recommender.explain(self.support, self._numbers(items).cpu().numpy())
 
     def _numbers(self, items):
-        return torch.tensor([self.recommender.number(item) for item in items], device=self.tasks.table.device).long()
+        return torch.tensor([self.recommender.number(item) for item in items], device=self.recommender.device).long()
+
+
+def cut(batch, part):
+    """Part of a batch: of `dataloader.Tasks`, or of {name: tensor}."""
+    if isinstance(batch, dict):
+        return {name: tensor[part] for name, tensor in batch.items()}
+    return dataloader.Tasks(*(tensor[part] for tensor in batch))
 
 
 def moved(table, task, rows):
