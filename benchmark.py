@@ -1,0 +1,521 @@
+"""Speed and memory, as ratios measured in one run: medians over repetitions, same work, same threads.
+
+    python benchmark.py                                    # every section, on synthetic ratings
+    python benchmark.py --only learners eval --threads=2   # some sections
+    python benchmark.py --only accuracy --data_path=FILE   # time to the damped means' error, on real ratings
+    python benchmark.py --json > figures.json              # for machines
+
+Options of main.py (--bert_hidden_units=64, --model=narm, ...) hold for all sections. Form "paper" is
+--paper_form=True: every parameter adapted, 25 windows, 16 tasks; form "default" is what main.py does.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+import baselines
+import dataloader
+import maml
+import metrics
+import options as option_module
+import training
+from utils import choose_device, random_stream, run_script
+
+FORMS = {"paper": ["--paper_form=True"], "default": []}
+LEARNERS = ("bert4rec", "sasrec", "narm", "gru4rec")
+SCALE = (3.58, 1.12, 1.0, 5.0)  # mean, deviation, lowest and highest of the synthetic ratings
+
+
+# -----------------------------------------------------------------------------
+# what is measured on
+
+
+def synthetic(n_users=2000, n_items=2500, seed=0):
+    """Random `Sequences` with lengths like ML-1M's: at least 20, 100 in the median."""
+    rng = random_stream(seed)
+    lengths = np.maximum(20, rng.lognormal(4.6, 1.0, n_users)).astype(np.int64)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    ratings = np.clip(np.rint(rng.normal(SCALE[0], SCALE[1], offsets[-1])), 1, 5)
+    items = rng.integers(1, n_items + 1, offsets[-1])
+    return dataloader.Sequences(offsets, items, ((ratings - SCALE[0]) / SCALE[1]).astype(np.float32))
+
+
+def settings(form, bench, *more):
+    """Options of main.py in a form, with those of the command line and `more` on top."""
+    return option_module.parse("", [*FORMS[form], "--init_items=random", *bench.rest, *more])
+
+
+def build(options, bench, n_items=2500):
+    """A meta-learner on the device, moved off its initialisation, where many gradients vanish."""
+    system = maml.MetaLearner(n_items, options, SCALE, torch.ones(n_items))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in system.named_parameters():
+            if not name.startswith("learner.item"):
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return system.to(bench.device)
+
+
+def draw(options, bench, count, n_items=2500, stream=0):
+    """A meta-batch of `count` tasks on the device."""
+    options = argparse.Namespace(**{**vars(options), "batch_size": count})
+    sequences = synthetic(n_items=n_items)
+    tasks = dataloader.sample_tasks(sequences, np.arange(len(sequences.offsets) - 1), options, stream)
+    return type(tasks)(*(tensor.to(bench.device) for tensor in tasks))
+
+
+# -----------------------------------------------------------------------------
+# the naive reference
+
+
+def spread(tasks, width):
+    """The same tasks with one window a row of `width` positions, and catalogue numbers in place of table places."""
+    task, row, column = tasks.segment.nonzero(as_tuple=True)
+    window = tasks.segment[task, row, column] - 1
+    windows = int(window.max()) + 1
+    length = torch.bincount(task * windows + window, minlength=len(tasks.table) * windows).view(-1, windows)
+    place = task, window, length[task, window] - tasks.position[task, row, column]
+
+    def lay(values):
+        out = values.new_zeros(len(values), windows, width)
+        out[place] = values[task, row, column]
+        return out
+
+    numbers = tasks.table.gather(1, tasks.items.flatten(1)).view_as(tasks.items)
+    laid = {name: lay(getattr(tasks, name)) for name in ("ratings", "segment", "position", "known", "support")}
+    return tasks._replace(items=lay(numbers), query_items=tasks.table.gather(1, tasks.query_items), **laid)
+
+
+def naive_losses(system, task):
+    """Query losses (K + 1,) of one spread task by the book: whole item tables, everything anew at every step."""
+    learner, network, options = system.learner, system.loss_network, system.options
+    names, fast, losses = maml.adapted_names(learner, options), dict(learner.named_parameters()), []
+    count = task.query_last + 1
+    share = task.support * (count / task.support.sum())
+    for step in range(options.num_inner_steps + 1):
+        history, query = functional_call(learner, fast, (task, {name: fast[name] for name in learner.table_names()}))
+        losses.append(((query - task.query_ratings) * task.query).square().sum() / task.query.sum())
+        if step == options.num_inner_steps:
+            return torch.stack(losses)
+        slope = history - task.ratings
+        if network is not None:
+            slope = network(network.prepare(task), step, history, task)
+        parameters = [fast[name] for name in names]
+        gradients = torch.autograd.grad(
+            history, parameters, slope * share, True, create_graph=options.use_second_order, allow_unused=True
+        )
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                fast[name] = fast[name] - system.rates(name, step, count) * gradient
+
+
+def naive_backward(system, tasks, weights):
+    """Add the meta-gradient of spread tasks to the parameters, task after task."""
+    system.zero_grad()
+    for task in zip(*tasks, strict=True):
+        ((naive_losses(system, type(tasks)(*task)) * weights).sum() / len(tasks.table)).backward()
+
+
+def backward(system, tasks, weights):
+    """Add the meta-gradient of tasks to the parameters, all tasks at once."""
+    system.zero_grad()
+    losses = maml.query_losses(system(tasks, system.options.use_second_order), tasks)
+    (losses.mean(0) * weights).sum().backward()
+
+
+def gradient_difference(system, tasks, width):
+    """Largest difference of the two ways' meta-gradients in double precision, over the largest gradient."""
+    system, found = copy.deepcopy(system).double(), []
+    tasks = tasks._replace(ratings=tasks.ratings.double(), query_ratings=tasks.query_ratings.double())
+    weights = maml.objective_weights(system.options, 1).to(tasks.ratings)
+    for way, its_tasks in ((backward, tasks), (naive_backward, spread(tasks, width))):
+        way(system, its_tasks, weights)
+        zero = (torch.zeros_like(p) if p.grad is None else p.grad for p in system.parameters())
+        found.append(torch.cat([gradient.flatten() for gradient in zero]))
+    return float((found[0] - found[1]).abs().max() / found[1].abs().max())
+
+
+# -----------------------------------------------------------------------------
+# measuring
+
+
+def clock(function, bench):
+    """Seconds that one call takes."""
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def medians(bench, *functions):
+    """Median seconds of each function; they take turns, so that a busy moment hits all alike."""
+    for function in functions:
+        function()
+    times = [[clock(function, bench) for function in functions] for _ in range(bench.reps)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def peak_memory(bench):
+    """Most memory this process has held, in MB."""
+    if bench.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def apart(function, *arguments):
+    """What a function gives in a fresh process, whose peak memory is its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure_step(bench, form, count, n_items, more):
+    """In a fresh process: (seconds of an outer step with optimizer, MB it added to the process)."""
+    set_up(bench)
+    options = settings(form, bench, *more)
+    before = peak_memory(bench)
+    system, tasks = build(options, bench, n_items), draw(options, bench, count, n_items)
+    optimizer = torch.optim.AdamW(training.parameter_groups(system, options))
+    seconds = medians(bench, lambda: training.train_step(system, optimizer, tasks, options, 1))[0]
+    return seconds, peak_memory(bench) - before
+
+
+def set_up(bench):
+    """Threads of this process."""
+    torch.set_num_threads(bench.threads)
+
+
+def row(name, value, unit, at_least=None, at_most=None):
+    """One figure, with its target where it has one."""
+    met = None if at_least is at_most is None else bool(at_least <= value if at_most is None else value <= at_most)
+    return {"name": name, "value": value, "unit": unit, "at_least": at_least, "at_most": at_most, "met": met}
+
+
+# -----------------------------------------------------------------------------
+# sections
+
+
+def bench_learners(bench):
+    """Meta-gradients of all tasks at once against the naive loop."""
+    rows = []
+    on_gpu = bench.device.type == "cuda"
+    for form in FORMS:
+        for model in bench.models:
+            options = settings(form, bench, f"--model={model}")
+            system, tasks = build(options, bench), draw(options, bench, bench.tasks)
+            width, name = options.max_seq_len - 1, f"{model}, {form}"
+            weights = maml.objective_weights(options, 1).to(bench.device)
+            few = type(tasks)(*(tensor[:4] for tensor in tasks))
+            rows.append(row(f"{name}: gradients differ by", gradient_difference(system, few, width), "", at_most=1e-5))
+            slow = spread(tasks, width)
+            fast, naive = medians(
+                bench,
+                lambda s=system, t=tasks, w=weights: backward(s, t, w),
+                lambda s=system, t=slow, w=weights: naive_backward(s, t, w),
+            )
+            target = (50 if on_gpu else 6 if model in ("bert4rec", "sasrec") else 10) if form == "paper" else None
+            rows.append(row(f"{name}: {bench.tasks} tasks", 1e3 * fast, "ms"))
+            rows.append(row(f"{name}: naive", 1e3 * naive, "ms"))
+            rows.append(row(f"{name}: ratio", naive / fast, "x", at_least=target))
+    return rows
+
+
+def bench_eval(bench):
+    """Adapting to users and predicting their targets, tasks built in the time."""
+    rows = []
+    sequences = synthetic(bench.users)
+    users = np.arange(bench.users)
+    for form in FORMS:
+        for model in bench.models:
+            options = settings(form, bench, f"--model={model}")
+            system = build(options, bench)
+            seconds = medians(
+                bench, lambda s=system, o=options: training.predict(s, dataloader.last_tasks(sequences, users, o))
+            )[0]
+            target = (20000 if bench.device.type == "cuda" else 300) if model == "bert4rec" else None
+            rows.append(row(f"{model}, {form}", bench.users / seconds, "users/s", at_least=target))
+    return rows
+
+
+def bench_catalogue(bench):
+    """An outer step with few and with many items."""
+    rows = []
+    for form in FORMS:
+        count = settings(form, bench).batch_size
+        (few, small), (many, large) = (
+            apart(measure_step, bench, form, count, n_items, ()) for n_items in (bench.items, bench.many_items)
+        )
+        rows.append(row(f"{form}: {bench.items:,} items", 1e3 * few, "ms"))
+        rows.append(row(f"{form}: {bench.many_items:,} items", 1e3 * many, "ms"))
+        rows.append(row(f"{form}: ratio", many / few, "x", at_most=1.5))
+        rows.append(row(f"{form}: more memory", large - small, "MB", at_most=2000))
+    return rows
+
+
+def bench_tasks(bench):
+    """Time per task and memory as the meta-batch grows, whole and in chunks."""
+    rows = []
+    for form in FORMS:
+        for count in (bench.tasks, 4 * bench.tasks, 16 * bench.tasks):
+            for chunk in (0, bench.tasks):
+                if chunk == count:
+                    continue
+                seconds, memory = apart(measure_step, bench, form, count, bench.items, (f"--task_chunk={chunk}",))
+                name = f"{form}: {count} tasks" + (f", {chunk} at once" if chunk else "")
+                rows.append(row(f"{name}: time a task", 1e3 * seconds / count, "ms"))
+                rows.append(row(f"{name}: memory", memory, "MB"))
+    return rows
+
+
+def bench_steps(bench):
+    """Memory and time with more inner steps."""
+    rows = []
+    for form in FORMS:
+        count = settings(form, bench).batch_size
+        (short, small), (long, large) = (
+            apart(measure_step, bench, form, count, bench.items, (f"--num_inner_steps={k}",)) for k in (3, 10)
+        )
+        rows.append(row(f"{form}: memory of 3 steps", small, "MB"))
+        rows.append(row(f"{form}: memory of 10 over 3", large / max(small, 1), "x", at_most=2.5))
+        rows.append(row(f"{form}: time of 10 over 3", long / short, "x"))
+    return rows
+
+
+def write_ratings(path, n_rows, mode, chunk=1_000_000):
+    """Write a synthetic ratings file in the layout of ML-1M ('::') or ML-25M (CSV with a header)."""
+    sep, header = ("::", "") if mode == "ml-1m" else (",", "userId,movieId,rating,timestamp\n")
+    rng, n_items = random_stream(1), min(60_000, max(50, n_rows // 270))
+    with open(path, "w") as file:
+        file.write(header)
+        for first in range(0, n_rows, chunk):
+            number = np.arange(first, min(first + chunk, n_rows))
+            n = len(number)
+            item = 1 + (rng.random(n) ** 2 * n_items).astype(np.int64)
+            columns = 1 + number // 160, item, rng.integers(1, 6, n), 10**9 + rng.integers(0, 10**8, n)
+            lines = zip(*(column.tolist() for column in columns), strict=True)
+            file.writelines(f"{sep.join(map(str, line))}\n" for line in lines)
+
+
+def measure_reading(bench, path, mode):
+    """In a fresh process: (seconds from a file to ready splits, MB that took)."""
+    options = settings("default", bench, f"--data_path={path}", f"--mode={mode}", f"--cache_dir={path.parent}")
+    before, begin = peak_memory(bench), time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):
+        training.load_problem(options)
+    return time.perf_counter() - begin, peak_memory(bench) - before
+
+
+def bench_data(bench):
+    """From a file to ready splits, and sampling and packing of tasks."""
+    rows = []
+    sizes = [("ml-1m", bench.rows, 1.0, None)]
+    if bench.many_rows:
+        sizes.append(("ml-25m", bench.many_rows, 25.0, 3000))
+    for mode, n_rows, seconds, memory in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / ("ratings.dat" if mode == "ml-1m" else "ratings.csv")
+            write_ratings(path, n_rows, mode)
+            first, used = apart(measure_reading, bench, path, mode)
+            again, _ = apart(measure_reading, bench, path, mode)
+        rows.append(row(f"{n_rows:,} rows of {mode}: first reading", first, "s", at_most=seconds))
+        rows.append(row(f"{n_rows:,} rows of {mode}: from the cache", again, "s"))
+        rows.append(row(f"{n_rows:,} rows of {mode}: memory", used, "MB", at_most=memory))
+    sequences = synthetic()
+    users = np.arange(len(sequences.offsets) - 1)
+    for form in FORMS:
+        options = settings(form, bench, "--batch_size=16")
+        seconds = medians(bench, lambda o=options: [dataloader.sample_tasks(sequences, users, o, i) for i in range(20)])
+        rows.append(row(f"{form}: sampling and packing 16 tasks", 1e3 * seconds[0] / 20, "ms", at_most=2))
+    return rows
+
+
+def matmul_rate(bench):
+    """Floating-point operations a second of a large matrix product."""
+    n = 8192 if bench.device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=bench.device)
+    return 2 * n**3 / medians(bench, lambda: a @ a)[0]
+
+
+def bench_parts(bench):
+    """Time per part of an outer step, its floating-point operations and their rate."""
+    rate = matmul_rate(bench)
+    rows = [row("matrix product", rate / 1e9, "GFLOP/s")]
+    sequences = synthetic()
+    users = np.arange(len(sequences.offsets) - 1)
+    for form in FORMS:
+        for model in bench.models:
+            options = settings(form, bench, f"--model={model}", f"--batch_size={bench.tasks}")
+            system, tasks = build(options, bench), draw(options, bench, bench.tasks)
+            optimizer = torch.optim.AdamW(training.parameter_groups(system, options))
+            plain = build(settings(form, bench, f"--model={model}"), bench)
+            plain.options.num_inner_steps = 0
+            weights = maml.objective_weights(options, 1).to(bench.device)
+            second = options.use_second_order
+            with FlopCounterMode(display=False) as counter:
+                backward(system, tasks, weights)
+            sample, forward, inner, whole, step = medians(
+                bench,
+                lambda o=options: dataloader.sample_tasks(sequences, users, o, 0),
+                lambda p=plain, t=tasks, k=options.num_inner_steps + 1: [p(t) for _ in range(k)],
+                lambda s=system, t=tasks, o=second: s(t, o),
+                lambda s=system, t=tasks, w=weights: backward(s, t, w),
+                optimizer.step,
+            )
+            total, name = sample + whole + step, f"{model}, {form}"
+            rows.append(row(f"{name}: whole step", 1e3 * total, "ms"))
+            parts = {"sampling": sample, "forward": forward, "inner gradients": inner - forward}
+            parts |= {"meta backward": whole - inner, "optimizer": step}
+            rows += [row(f"{name}: {part}", 100 * seconds / total, "%") for part, seconds in parts.items()]
+            flops = counter.get_total_flops()
+            rows.append(row(f"{name}: operations", flops / 1e9, "GFLOP"))
+            rows.append(row(f"{name}: of the matrix product's rate", 100 * flops / whole / rate, "%"))
+    return rows
+
+
+def bench_accuracy(bench):
+    """Wall time until the validation error first equals that of the damped means; needs --data_path."""
+    if not any(argument.startswith("--data_path") for argument in bench.rest):
+        return []
+    rows = []
+    for model in bench.models:
+        options = option_module.parse("", [*bench.rest, f"--model={model}"])
+        with contextlib.redirect_stdout(sys.stderr):
+            problem = training.load_problem(options)
+        goal = damped_error(problem, options)
+        rows.append(row(f"{model}: goal, RMSE of the damped means", goal, ""))
+        rows += [row(f"{model}: {name}", *figure) for name, figure in train_to(goal, problem, options, bench).items()]
+    return rows
+
+
+def damped_error(problem, options):
+    """RMSE of damped user and item means on the validation users' last ratings."""
+    users = problem.train, problem.validation, problem.validation
+    predictions, _ = baselines.score_baselines(problem.ratings, *users, options.max_seq_len)
+    prediction = next(p for name, p in predictions.items() if "damped" in name.lower())[0]
+    target = problem.ratings.values[problem.ratings.offsets[problem.validation + 1] - 1]
+    low, high = problem.ratings.low, problem.ratings.high
+    return metrics.rmse((np.clip(prediction, low, high) - target.astype(float)) ** 2)[0]
+
+
+def validation_error(system, problem):
+    """RMSE of the validation users' last ratings."""
+    scored = training.evaluate(system, problem, problem.validation)
+    return metrics.rmse((scored.prediction - scored.target) ** 2)[0]
+
+
+def train_to(goal, problem, options, bench):
+    """Train until the validation RMSE is at most `goal`: {figure: (value, unit)}."""
+    begin = time.perf_counter()
+    system = training.build_system(problem, options).to(bench.device)
+    optimizer = torch.optim.AdamW(training.parameter_groups(system, options))
+    iteration, error = 0, validation_error(system, problem)
+    while error > goal and iteration < options.num_train_iterations:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * training.anneal(options, iteration)
+        tasks = dataloader.sample_tasks(problem.sequences, problem.train, options, iteration)
+        training.train_step(system, optimizer, training.move(tasks, system), options, iteration)
+        iteration += 1
+        if iteration % bench.every == 0:
+            error = validation_error(system, problem)
+    figures = {"iterations": (iteration, ""), "RMSE reached": (error, "")}
+    reached = "time" if error <= goal else "time, goal not reached"
+    return {reached: (time.perf_counter() - begin, "s"), **figures}
+
+
+SECTIONS = {
+    "learners": bench_learners,
+    "eval": bench_eval,
+    "catalogue": bench_catalogue,
+    "tasks": bench_tasks,
+    "steps": bench_steps,
+    "data": bench_data,
+    "parts": bench_parts,
+    "accuracy": bench_accuracy,
+}
+
+
+# -----------------------------------------------------------------------------
+# the script
+
+
+def parse(argv=None):
+    """The options of this script; the rest of the command line, which main.py's options take, in `rest`."""
+    parser = option_module.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+    def add(name, default, kind, text, **more):
+        parser.add_argument(f"--{name}", default=default, type=kind, help=f"{text} (default: %(default)s)", **more)
+
+    count = option_module.count
+    add("only", list(SECTIONS), str, "sections to run", nargs="+", choices=SECTIONS)
+    add("models", list(LEARNERS), str, "learners to measure", nargs="+", choices=LEARNERS)
+    add("reps", 3, count(), "repetitions, whose median counts")
+    add("threads", 1, count(), "CPU threads")
+    add("device", "auto", str, "where to compute", choices=["auto", "cpu", "cuda"])
+    add("tasks", 16, count(4), "tasks in a meta-batch")
+    add("users", 512, count(), "users to adapt to in eval")
+    add("items", 2500, count(50), "items of the small catalogue")
+    add("many_items", 1_000_000, count(50), "items of the large one")
+    add("rows", 1_000_000, count(5000), "rows of the file in ML-1M's layout")
+    add("many_rows", 0, count(0), "rows of one in ML-25M's layout, 25000000 say; 0 = none")
+    add("every", 10, count(), "iterations between validations in accuracy")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench, bench.rest = parser.parse_known_args(argv)
+    bench.device = choose_device(bench.device)
+    settings("default", bench)
+    return bench
+
+
+def machine(bench):
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": name, "threads": bench.threads, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def print_rows(section, rows):
+    """Print a section's figures and whether they meet their targets."""
+    print(f"\n{section}: {(SECTIONS[section].__doc__).splitlines()[0]}")
+    for r in rows:
+        target = met = ""
+        if r["met"] is not None:
+            target = f"at least {r['at_least']:g}" if r["at_most"] is None else f"at most {r['at_most']:g}"
+            met = "met" if r["met"] else "MISSED"
+        print(f"  {r['name']:<58}{r['value']:>12.4g} {r['unit']:<9}{target:<16}{met}", flush=True)
+
+
+def main(argv=None):
+    bench = parse(argv)
+    set_up(bench)
+    about = machine(bench)
+    if not bench.json:
+        print(", ".join(f"{name} {value}" for name, value in about.items()))
+    report = {"machine": about, "reps": bench.reps, "sections": {}}
+    for section in bench.only:
+        report["sections"][section] = rows = SECTIONS[section](bench)
+        if not bench.json:
+            print_rows(section, rows)
+    if bench.json:
+        print(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
