@@ -69,6 +69,8 @@ class Recommender:
         self.mean, self.std, self.low, self.high = self._system.scale.tolist()
         self._numbers = {str(item): number for number, item in enumerate(self.item_ids, 1)}
         self._own = threading.local()
+        # Freed at once: from then on glibc keeps blocks up to this size, which else come back page by page each time.
+        torch.empty(31 << 20, dtype=torch.uint8)
 
     @classmethod
     def load(cls, source: str | Path, checkpoint_step: int = -1, device: str = "cpu") -> "Recommender":
