@@ -58,7 +58,7 @@ DEMO += ("--folds", "0", "1", "--num_train_iterations=150", "--log_interval=50")
 def parse(argv):
     """The options of this script; those for every run are left in `rest`."""
     parser = option_module.Parser(
-        usage="compare.py [options of main.py] ...", description=__doc__.split("\n")[0], allow_abbrev=False
+        usage="compare.py [options below and of main.py]", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     add, count = parser.add_argument, option_module.count
     add("--output", type=Path, default=Path("results"), help="where runs and tables are kept (default: %(default)s)")
@@ -67,7 +67,13 @@ def parse(argv):
     add("--paper_models", nargs="*", default=(), choices=LEARNERS, help="learners with --paper_form=True")
     add("--paper_methods", nargs="*", default=PAPER_METHODS, choices=METHODS, help="their methods")
     add("--folds", nargs="+", default=[0], type=count(-1), help="test users; -1: --num_test_data users (default: 0)")
-    add("--seeds", nargs="+", default=[222], type=count(0), help="values of --random_seed (default: 222)")
+    add(
+        "--seeds",
+        nargs="+",
+        default=[222],
+        type=count(0),
+        help="values of --random_seed, which deals the folds too (default: 222)",
+    )
     add("--jobs", type=count(), help="runs side by side (default: one per GPU, or cores / threads)")
     add("--threads", type=count(), default=1, help="CPU threads of a run; changes last digits (default: 1)")
     add("--report", type=Path, help="folder of tables and pictures (default: that of --output)")
@@ -150,7 +156,7 @@ def run_cell(work, cell):
 def train(work, cell, folder, slot):
     """Run the cell's script to its end, going on from a checkpoint if there is one; None, or its last words."""
     script, words = command(work.args, cell)
-    going_on = "--resume" if runs.find_checkpoints(folder) and not work.args.demo else "--overwrite"
+    going_on = "--overwrite" if work.args.demo else "--resume"
     environment = {**os.environ, "OMP_NUM_THREADS": str(work.args.threads), **slot}
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "w") as output, open(folder / "errors.txt", "w") as errors:
