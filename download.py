@@ -61,9 +61,7 @@ def download_edition(name, root, data_url=None):
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as folder:
-            archive = (
-                by_hand if by_hand.exists() else fetch(url, Path(folder).resolve() / f"{name}.zip", edition)
-            )
+            archive = by_hand if by_hand.exists() else fetch(url, Path(folder).resolve() / f"{name}.zip", edition)
             check(archive, edition)
             unpacked = unpack(archive, Path(folder, "unpacked"), edition)
             put(unpacked, root / edition.folder, edition.member)
@@ -142,12 +140,7 @@ def unpack(archive, folder, edition):
 def leaves(member):
     """Whether an archive's member points out of the folder: absolute, upwards, or by a link."""
     path = PurePosixPath(member.filename.replace("\\", "/"))
-    return (
-        path.is_absolute()
-        or ".." in path.parts
-        or ":" in path.parts[0]
-        or stat.S_ISLNK(member.external_attr >> 16)
-    )
+    return path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or stat.S_ISLNK(member.external_attr >> 16)
 
 
 def put(unpacked, target, member):

@@ -11,17 +11,7 @@ ROLES = ("user", "item", "rating", "time")
 # Column names, in lower case, and what they hold; the first of a line that a file has counts.
 NAMES = {
     "user": ("user", "user_id", "userid", "reviewerid"),
-    "item": (
-        "item",
-        "item_id",
-        "itemid",
-        "movieid",
-        "movie_id",
-        "parent_asin",
-        "asin",
-        "product_id",
-        "business_id",
-    ),
+    "item": ("item", "item_id", "itemid", "movieid", "movie_id", "parent_asin", "asin", "product_id", "business_id"),
     "rating": ("rating", "overall", "stars"),
     "time": ("timestamp", "time", "unixreviewtime", "date"),
 }
@@ -103,7 +93,7 @@ def json_layout(path, line, columns):
     """The `Layout` of JSON lines by the keys of the first one."""
     record = parse_json(line)
     if not isinstance(record, dict):
-        raise UserError(f"{path}, line 1: '{line[:80]}' is not a JSON object")
+        raise UserError(f"{path}, line 1: '{shown(line)}' is not a JSON object")
     keys = list(record)
     places, name = choose_columns(path, keys, columns)
     keys = tuple(None if place is None else keys[place] for place in places)
@@ -120,35 +110,23 @@ def delimited_layout(path, head, columns, sep):
     else:
         places, name = unnamed_columns(path, [split(line, sep) for line in lines], sep)
     rows = [split(line, sep) for line in lines[header : header + 1]]
-    dated = (
-        bool(rows)
-        and places[3] is not None
-        and places[3] < len(rows[0])
-        and not is_number(rows[0][places[3]])
-    )
+    dated = bool(rows) and places[3] is not None and places[3] < len(rows[0]) and not is_number(rows[0][places[3]])
     return Layout(name, places, sep, len(cells), header, dated)
 
 
 def split_first(path, line, sep):
     """(separator, cells of the first line); without `sep`, the separator that gives three columns or more."""
     sep = {"\\t": "\t", "tab": "\t"}.get(sep, sep)
-    if sep is not None and (
-        len(set(sep)) != 1 or sep[0].isalnum() or not " " <= sep[0] <= "~" and sep[0] != "\t"
-    ):
+    if sep is not None and (len(set(sep)) != 1 or sep[0].isalnum() or not " " <= sep[0] <= "~" and sep[0] != "\t"):
         raise UserError(f"--sep={sep} is not a separator; give one character, or the same one repeated")
     likely = next(
-        (each for each in ("::", "\t", ",", ";", "|", " ") if each in line and len(split(line, each)) > 2),
-        None,
+        (each for each in ("::", "\t", ",", ";", "|", " ") if each in line and len(split(line, each)) > 2), None
     )
     cells = split(line, sep or likely or ",")
     if len(cells) > 2:
         return sep or likely, cells
-    hint = (
-        f"its separator seems to be '{likely}'"
-        if likely
-        else "user, item and rating are needed; is --sep missing?"
-    )
-    raise UserError(f"{path} has {len(cells)} column(s) in its first line, '{line[:80].strip()}': {hint}")
+    hint = f"its separator seems to be '{likely}'" if likely else "user, item and rating are needed; is --sep missing?"
+    raise UserError(f"{path} has {len(cells)} column(s) in its first line, '{shown(line)}': {hint}")
 
 
 def split(line, sep):
@@ -169,7 +147,7 @@ def choose_columns(path, names, columns):
     if None in found[:3]:
         lacking = [role for role, name in zip(ROLES[:3], found[:3], strict=True) if name is None]
         raise UserError(
-            f"{path} has the columns {', '.join(names)}: which is the {' and the '.join(lacking)}? "
+            f"{path} has the columns {shown(', '.join(names), 200)}: which is the {' and the '.join(lacking)}? "
             "Say so with --mode=csv --columns=user:NAME,item:NAME,rating:NAME,time:NAME"
         )
     return tuple(name and lower.index(name) for name in found), ITEM_LAYOUT.get(found[1], "csv")
@@ -184,7 +162,7 @@ def places_of(path, names, columns):
     for role in ROLES[: 3 + ("time" in given)]:
         name = given[role]
         if name not in names and not (name.isdecimal() and int(name) < len(names)):
-            found = ", ".join(names) if any(names) else f"{len(names)} columns without names"
+            found = shown(", ".join(names), 200) if any(names) else f"{len(names)} columns without names"
             raise UserError(f"--columns={columns}: {path} has no column '{name}'; it has {found}")
         places.append(names.index(name) if name in names else int(name))
     if len(set(places)) < len(places):
@@ -207,6 +185,13 @@ def unnamed_columns(path, rows, sep):
         f"{path} has {len(rows[0])} columns separated by '{sep}' and no header; say which are which, as in "
         "--mode=csv --columns=user:0,item:1,rating:2,time:3"
     )
+
+
+def shown(text, most=80):
+    """Text of a file as it can stand in a message: not too long, on one line, printable."""
+    text = text.strip()
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def is_number(text):

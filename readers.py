@@ -21,12 +21,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow
+from pyarrow import compute, parquet
 from pyarrow import csv as arrow_csv
 from pyarrow import json as arrow_json
-from pyarrow import parquet
 from tqdm import tqdm
 
-from layouts import check_mode, check_options, choose_columns, parse_json, recognise
+from layouts import check_mode, check_options, choose_columns, parse_json, recognise, shown
 from utils import UserError
 
 BLOCK = 1 << 25  # bytes of text parsed at a time
@@ -44,7 +44,7 @@ PROBLEMS = (
     "its time is neither a number nor a date",
 )
 LONE_RETURN = re.compile(b"\r(?!\n)")
-UNUSABLE = re.compile("[\0\ud800-\udfff]")  # in an id; bytes that are not UTF-8 were decoded to the latter
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what bytes that are not UTF-8 are decoded to
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 ZIP_MEMBERS = ("ratings.dat", "ratings.csv", "u.data", "yelp_academic_dataset_review.json")
@@ -75,7 +75,7 @@ class Columns(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The rows of one block; ids are pairs (number of each row's text, texts)."""
+    """The rows of one block; ids are pairs (number of each row's text, Arrow array of texts)."""
 
     users: tuple
     items: tuple
@@ -142,11 +142,13 @@ def open_zip(path, raw):
     except DAMAGED as error:
         raise damaged(path, error) from None
     listed = ", ".join(members[:5]) + (", ..." if len(members) > 5 else "")
-    raise UserError(f"{path} holds {listed or 'nothing'}, not one ratings file; unpack it and name the file")
+    raise UserError(
+        f"{path} holds {shown(listed, 200) or 'nothing'}, not one ratings file; unpack it and name the file"
+    )
 
 
 def damaged(path, error):
-    reason = str(error) or type(error).__name__
+    reason = shown(str(error), 200) or type(error).__name__
     return UserError(f"{path} is damaged or was not copied completely ({reason}); fetch it again")
 
 
@@ -267,9 +269,10 @@ def parse_careful(block, line, layout, scale):
     with np.errstate(over="ignore"):
         ratings = parse_numbers(ratings).astype(np.float32)
     times = None if layout.places[3] is None else parse_times(times)
-    part = make_part(factorise(users), factorise(items), ratings, times, scale)
+    part = make_part(text_ids(users), text_ids(items), ratings, times, scale)
     part.problems[[cells is None for _, cells in rows]] = 1
-    return part._replace(show=lambda row: f"line {starts[row] + line}: '{text.split(chr(10))[starts[row]]:.80}'")
+    lines = text.split("\n")
+    return part._replace(show=lambda row: f"line {starts[row] + line}: '{shown(lines[starts[row]])}'")
 
 
 def delimited_rows(text, layout):
@@ -318,18 +321,15 @@ def make_part(users, items, ratings, times, scale):
 
 def usable(codes, texts):
     """(n,) whether each row's id is text of a sensible length."""
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    lengths = compute.utf8_length(texts).to_numpy()
     good = (lengths > 0) & (lengths <= LONGEST_ID)
-    if UNUSABLE.search("\n".join(texts)):
-        good &= [UNUSABLE.search(text) is None for text in texts]
+    good &= ~compute.match_substring(texts, "\0").to_numpy(zero_copy_only=False)
     return np.append(good, False)[codes]  # code -1: no id at all
 
 
-def factorise(texts):
-    """(codes, distinct texts) of a sequence of texts."""
-    numbers = {}  # pandas' own ends a text at a zero byte
-    codes = [numbers.setdefault(text.strip(), len(numbers)) for text in texts]
-    return np.array(codes, np.int64), list(numbers)
+def text_ids(texts):
+    """(codes, texts) of a sequence of texts; what is not UTF-8 is none."""
+    return arrow_ids(pyarrow.array(["" if NOT_UTF8.search(text) else text for text in texts], "large_string"))
 
 
 def parse_numbers(texts):
@@ -365,9 +365,8 @@ def parquet_parts(path, columns, scale):
             yield parse_batch(batch.select(names).columns, first, scale)
             first += len(batch)
     except (pyarrow.ArrowException, *DAMAGED) as error:
-        reason = str(error).split("\n")[0]
         raise UserError(
-            f"cannot read {path} as Parquet ({reason}); is it damaged, or a column not of ratings?"
+            f"cannot read {path} as Parquet ({shown(str(error), 200)}); is it damaged, or a column not of ratings?"
         ) from None
 
 
@@ -378,13 +377,15 @@ def parse_batch(columns, first, scale):
         ratings = arrow_numbers(rating).astype(np.float32)
     times = arrow_times(time[0]) if time else None
     part = make_part(arrow_ids(user), arrow_ids(item), ratings, times, scale)
-    return part._replace(show=lambda row: f"row {first + row}: '{', '.join(str(column[row]) for column in columns)}'")
+    return part._replace(
+        show=lambda row: f"row {first + row}: '{shown(', '.join(str(column[row]) for column in columns))}'"
+    )
 
 
 def arrow_ids(column):
     """(codes, texts) of an Arrow column of ids; code -1 where there is none."""
     column = column.dictionary_encode()
-    texts = ["" if value is None else str(value).strip() for value in column.dictionary.to_pylist()]
+    texts = compute.utf8_trim_whitespace(column.dictionary.cast("large_string").fill_null(""))
     return column.indices.fill_null(-1).to_numpy(), texts
 
 
@@ -398,7 +399,7 @@ def arrow_times(column):
     kind = str(column.type)
     if "string" in kind:
         codes, texts = arrow_ids(column)
-        return np.append(parse_times(texts), np.nan)[codes]
+        return np.append(parse_times(texts.to_pylist()), np.nan)[codes]
     if kind.startswith(("timestamp", "date")):
         return arrow_numbers(column.cast("timestamp[ms]", safe=False).cast("int64")) / 1000
     return arrow_numbers(column)
@@ -411,7 +412,7 @@ def arrow_times(column):
 def gather(path, parts, skip_bad_rows):
     """All `parts` as one (`Columns`, notes on what was dropped or assumed)."""
     columns = [Growing(dtype) for dtype in (np.int32, np.int32, np.float32, np.int64)]
-    ids, unit, timed, n_rows, n_bad, shown = ({}, {}), None, True, 0, 0, []
+    ids, unit, timed, n_rows, n_bad, shown = ([], []), None, True, 0, 0, []
     for part in parts:
         bad = np.flatnonzero(part.problems)
         shown += [f"{part.show(row)}: {PROBLEMS[part.problems[row]]}" for row in bad[: 3 - len(shown)]]
@@ -461,12 +462,13 @@ class Growing:
 
 
 def number(codes, texts, good, ids):
-    """Numbers (int32) of the ids of the `good` rows; `ids` maps each id's text to its number and grows."""
-    codes = codes[good]
-    used = np.zeros(len(texts), bool)
-    used[codes] = True
-    numbers = [ids.setdefault(text, len(ids)) if use else 0 for text, use in zip(texts, used, strict=True)]
-    return np.array(numbers, dtype=np.int32)[codes]
+    """Places of the `good` rows' texts in the arrays `ids` together, to which this block's are added."""
+    first = sum(map(len, ids))
+    if not good.all():  # the other rows' texts are no ids
+        used, codes = np.unique(codes[good], return_inverse=True)
+        texts = texts.take(used)
+    ids.append(texts)
+    return codes + first
 
 
 def time_unit(times):
@@ -476,15 +478,18 @@ def time_unit(times):
 
 
 def ascending(numbers, ids):
-    """(places in the ascending ids, the ascending ids) of numbers given by `number`."""
-    values = np.array(list(ids), dtype=str)
+    """(places in the ascending ids, the ascending ids) of places in the arrays `ids`, where ids are repeated."""
+    coded = pyarrow.concat_arrays(ids).dictionary_encode()
+    values = coded.dictionary
     try:
-        integers = values.astype(np.int64)
-        if (integers.astype(str) == values).all():  # not 007, which is not 7
+        integers = values.cast("int64")
+        if integers.cast("large_string").equals(values):  # not 007, which is not 7
             values = integers
-    except (ValueError, OverflowError):
+    except pyarrow.ArrowInvalid:
         pass
-    order = np.argsort(values)
+    order = compute.array_sort_indices(values).to_numpy()
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order))
-    return rank[numbers], values[order]
+    values = values.take(order)
+    distinct = values.to_numpy() if values.type == "int64" else np.array(values.to_pylist(), dtype=str)
+    return rank[coded.indices.to_numpy()][numbers], distinct
