@@ -130,7 +130,7 @@ def add_split_options(parser):
     add("fold", -1, count(-1), "test on this fold of --num_folds; -1 = draw --num_test_data users instead")
     add("num_folds", 6, count(2), "number of folds that all users are dealt into")
     add("val_size", 1000, count(1), "validate on at most this many validation users")
-    add("val_targets", 5, count(1), "last ratings of each validation user that are targets")
+    add("val_targets", 3, count(1), "last ratings of each validation user that are targets")
 
 
 # -----------------------------------------------------------------------------
