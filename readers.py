@@ -479,7 +479,9 @@ def time_unit(times):
 
 def ascending(numbers, ids):
     """(places in the ascending ids, the ascending ids) of places in the arrays `ids`, where ids are repeated."""
-    coded = pyarrow.concat_arrays(ids).dictionary_encode()
+    texts = pyarrow.concat_arrays(ids)
+    ids.clear()  # they may take a gigabyte
+    coded = texts.dictionary_encode()
     values = coded.dictionary
     try:
         integers = values.cast("int64")
