@@ -40,6 +40,7 @@ def run(folder, script, *flags, status=0):
 def trained(tmp_path_factory):
     """A folder with a pretrained and a meta-trained run."""
     folder = tmp_path_factory.mktemp("scripts")
+    (folder / "other.csv").write_bytes((ROOT / "Data/sample/ratings.csv").read_bytes()[:400_000].rpartition(b"\n")[0])
     run(folder, "pretrain.py", *SAMPLE, *SMALL)
     run(folder, "main.py", *SAMPLE, *SMALL, "--load_pretrained_embedding=True")
     return folder
@@ -102,7 +103,7 @@ def test_a_run_is_not_overwritten_unasked(trained):
         (("--num_test_data=100000",), "--num_test_data"),
         (("--checkpoint_step=77", "--test"), "77"),
         (("--model=narm", "--test"), "no checkpoint"),
-        (("--min_item=10", "--test"), "other"),
+        (("--data_path=other.csv", "--test"), "other data"),
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, tuple) else "",
 )
