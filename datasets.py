@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from download import EDITIONS, download_edition
 from options import add_data_options
-from readers import read_columns, read_table
+from readers import open_raw, read_columns, read_table
 from utils import UserError, run_script
 
 __all__ = ["Ratings", "load_ratings", "read_table"]
@@ -63,15 +63,17 @@ class Ratings:
 def load_ratings(options):
     """The `Ratings` that the data options ask for, from the cache where it holds just these."""
     path = find_data(options)
-    place, content = cache_place(path, options), file_digest(path)
-    ratings, notes = read_cache(place, content) or (None, None)
-    if ratings is None:
-        columns, notes = load_columns(path, options)
-        ratings = build_ratings(columns, filter_rows(columns, options), options)
-        write_cache(place, content, ratings, notes)
+    is_small = path.stat().st_size < CACHE_FROM
+    ratings, notes = parse_ratings(path, options) if is_small else cached_ratings(path, options)
     for note in notes:
         say(f"{path}: {note}")
     return ratings
+
+
+def parse_ratings(path, options):
+    """(`Ratings` of a file, notes on what was dropped or assumed)."""
+    columns, notes = load_columns(path, options)
+    return build_ratings(columns, filter_rows(columns, options), options), notes
 
 
 def find_data(options):
@@ -205,25 +207,28 @@ def rating_scale(ratings, scale=None):
 # Cache: a line with the checksum of the rest, a line of JSON, then the arrays
 
 
+def cached_ratings(path, options):
+    """What `parse_ratings` gives, parsed once for the same content and options."""
+    place = cache_place(path, options)
+    with open_raw(path) as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    found = read_cache(place, content)
+    if found is None:
+        found = parse_ratings(path, options)
+        write_cache(place, content, *found)
+    return found
+
+
 def cache_place(path, options):
-    """The cache file for a data file and these options; None for a file that is too small to need one."""
-    if path.is_dir() or path.stat().st_size < CACHE_FROM:
-        return None
+    """The cache file for a data file and these options."""
     names = ("mode", "columns", "sep", "skip_bad_rows", "rating_scale", "min_item", "min_sequence")
     asked = [CACHE_VERSION, str(path.resolve()), *(getattr(options, name) for name in names)]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     return Path(options.cache_dir or path.parent) / f"{path.name}.{digest[:16]}.cache"
 
 
-def file_digest(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_cache(place, content, ratings, notes):
     """Keep `ratings` in `place`, under a temporary name until it is whole."""
-    if place is None:
-        return
     header = vars(ratings) | {"content": content, "notes": notes}
     arrays = {name: value for name, value in header.items() if isinstance(value, np.ndarray)}
     header["arrays"] = [[name, array.dtype.str, len(array)] for name, array in arrays.items()]
@@ -261,7 +266,7 @@ def read_cache(place, content):
             header = json.loads(file.readline())
             position = file.tell()
             data = np.memmap(file, np.uint8, "r").view(np.ndarray)
-    except (AttributeError, OSError, ValueError):
+    except (OSError, ValueError):
         return None
     if header.pop("content") != content:
         return None
@@ -340,7 +345,7 @@ def plot(file, ratings):
     middle.hist(lengths, bins=np.geomspace(lengths.min(), lengths.max() + 1, 40))
     middle.set(xlabel="ratings of a user", ylabel="users", xscale="log")
     right.hist(balance(histograms), bins=40, range=(0, 1))
-    right.set(xlabel="balance score of a user's ratings (0: all the same)", ylabel="users")
+    right.set(xlabel="balance score of a user", ylabel="users")
     try:
         figure.savefig(file)
     except (OSError, ValueError) as error:

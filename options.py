@@ -105,7 +105,7 @@ def group(parser, title):
 
 def add_data_options(parser):
     add = group(parser, "data")
-    add("mode", "ml-1m", str, "data set or file layout")
+    add("mode", "ml-1m", str, "ml-100k to ml-32m, ml-latest[-small], amazon, yelp, sample; csv or parquet: your own")
     add("data_path", None, str, "ratings file; default: the data set's place under ./Data")
     add("min_item", 50, count(0), "keep items with at least this many ratings")
     add("min_sequence", 5, count(2), "then keep users with at least this many ratings")

@@ -113,16 +113,19 @@ def read_columns(path, mode=None, columns=None, sep=None, skip_bad_rows=False, s
 # Files and blocks
 
 
-@contextmanager
-def open_file(path):
-    """(the file itself, its bytes decompressed), as its first bytes say."""
+def open_raw(path):
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the ratings file in it")
     try:
-        raw = path.open("rb")
+        return path.open("rb")
     except OSError as error:
         raise UserError(f"cannot open {path}: {error.strerror}") from None
-    with raw:
+
+
+@contextmanager
+def open_file(path):
+    """(the file itself, its bytes decompressed), as its first bytes say."""
+    with open_raw(path) as raw:
         magic = raw.peek(6)
         if magic.startswith((b"PK\3\4", b"PK\5\6")):
             yield raw, open_zip(path, raw)

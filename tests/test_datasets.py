@@ -612,6 +612,7 @@ def test_the_command_prints_the_data_table_and_a_picture(tmp_path):
         (["--mode=yelp"], "there is no file Data/yelp/.* get it from https://www.yelp.com/dataset"),
         (["--mode=ml-1m", "--data_path=my.dat"], "there is no file my.dat; leave out --data_path to download it"),
         (["--mode=csv"], "--mode=csv needs --data_path"),
+        (["--data_path=."], "is a folder; name the ratings file in it"),
         (["--data_path=u.data"], "use --mode=ml-100k"),
         (["--mode=ml-100k", "--data_path=u.data", "--min_item=1", "--plot=no/p.png"], "--plot=no/p.png cannot be"),
     ],
