@@ -87,10 +87,12 @@ def real(low=0.0, high=float("inf")):
 
 
 def group(parser, title):
-    """`add(name, default, type, help)` for a titled group; the help ends with the default."""
+    """`add(name, default, type, help)` for a titled group; type bool makes a switch."""
     titled = parser.add_argument_group(title)
 
     def add(name, default, kind, text, **more):
+        if kind is bool:
+            return titled.add_argument(f"--{name}", action="store_true", help=text)
         shown = "" if default is None else " (default: %(default)s)"
         if kind is true_or_false:
             more["metavar"] = "True|False"
@@ -118,7 +120,7 @@ def add_data_options(parser):
         metavar="user:U,item:I,...",
     )
     add("sep", None, str, "column separator of --mode=csv; default: found from the first line")
-    parser.add_argument("--skip_bad_rows", action="store_true", help="drop up to 1 %% unreadable rows, and say which")
+    add("skip_bad_rows", False, bool, "drop up to 1 %% unreadable rows, and say which")
     add("data_url", None, str, "mirror to download the data set from")
     add("cache_dir", None, str, "folder for parsed data; default: beside the data")
 
@@ -271,32 +273,40 @@ def add_run_options(parser):
     add("checkpoint_minutes", 5.0, real(0), "minutes between checkpoints to go on from")
     add("checkpoint_interval", 0, count(0), "iterations between these; 0 = by minutes alone")
     add("keep_checkpoints", 3, count(1), "how many of these are kept beside the best")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest whole checkpoint, if there is one; a larger --num_train_iterations trains a "
+    add(
+        "resume",
+        False,
+        bool,
+        "go on from the newest whole checkpoint, if there is one; a larger --num_train_iterations trains a "
         "finished run further, at the learning rates of the longer cosine",
     )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
+    add("overwrite", False, bool, "begin anew in a folder that holds a run")
     add("checkpoint_step", -1, count(-1), "checkpoint for --test; -1 = the best of validation")
-    parser.add_argument(
-        "--skip_nonfinite",
-        action="store_true",
-        help="leave out and count iterations whose loss or gradient is not finite, which otherwise end the run",
+    add(
+        "skip_nonfinite",
+        False,
+        bool,
+        "leave out and count iterations whose loss or gradient is not finite, which otherwise end the run",
     )
     add("device", "auto", str, "where to compute", choices=["auto", "cpu", "cuda"])
-    parser.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="use repeatable operations alone on a GPU, or stop where there is none; without it the same command "
+    add(
+        "deterministic",
+        False,
+        bool,
+        "use repeatable operations alone on a GPU, or stop where there is none; without it the same command "
         "gives the same bits on a CPU with the same number of threads, and on a GPU may differ in the last digits",
     )
-    parser.add_argument("--test", action="store_true", help="evaluate a checkpoint on the test users")
-    parser.add_argument("--test_baseline", action="store_true", help="with --test: the simple predictors beside it")
+    add("test", False, bool, "evaluate a checkpoint on the test users")
+    add("test_baseline", False, bool, "with --test: the simple predictors beside it")
 
 
 def build_parser(description, *parts):
-    parser = Parser(description=description, allow_abbrev=False)
+    parser = Parser(
+        description=description,
+        usage="%(prog)s [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = group(parser, "preset")
     add("paper_form", False, true_or_false, "set all options below to the published method's; given ones still count")
     for part in parts:
@@ -364,9 +374,8 @@ def same_kind(value, other):
 def check(options):
     """Refuse impossible combinations, and settle the defaults that hang on other options."""
     if options.model in ("bert4rec", "sasrec") and options.bert_hidden_units % options.bert_num_heads:
-        raise UserError(
-            f"--bert_hidden_units={options.bert_hidden_units} must be a multiple of --bert_num_heads={options.bert_num_heads}"
-        )
+        sizes = f"--bert_hidden_units={options.bert_hidden_units}", f"--bert_num_heads={options.bert_num_heads}"
+        raise UserError(f"{sizes[0]} must be a multiple of {sizes[1]}")
     if options.fold >= options.num_folds:
         raise UserError(f"--fold={options.fold} must be below --num_folds={options.num_folds}")
     if options.min_sub_window_size >= options.max_seq_len:
