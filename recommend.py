@@ -113,15 +113,15 @@ def check(options):
 # predicting
 
 
-def top_rows(recommender, users, n):
+def top_rows(recommender, users, n, threads):
     """(user, rank, catalogue number, predicted rating) of each user's top items."""
-    for part, lists in in_parts(recommender, users, lambda part: recommender.top([user.support for user in part], n)):
+    for part, lists in in_parts(users, lambda part: recommender.top([user.support for user in part], n), threads):
         for user, found in zip(part, lists, strict=True):
             for rank, (item, rating) in enumerate(found, 1):
                 yield user, rank, recommender.number(item), rating
 
 
-def pair_rows(recommender, pairs):
+def pair_rows(recommender, pairs, threads):
     """(user, None, catalogue number, predicted rating) of each pair, in order."""
     by_user = {}
     for place, pair in enumerate(pairs):
@@ -132,17 +132,16 @@ def pair_rows(recommender, pairs):
         return recommender.predict([user.support for user, _ in part], numbers)
 
     ratings = np.empty(len(pairs))
-    for part, found in in_parts(recommender, list(by_user.values()), predict_part):
+    for part, found in in_parts(list(by_user.values()), predict_part, threads):
         for (_, places), values in zip(part, found, strict=True):
             ratings[places] = values
     for (user, number), rating in zip(pairs, ratings.tolist(), strict=True):
         yield user, None, number, rating
 
 
-def in_parts(recommender, users, work):
-    """(part, work(part)) for a few users after the other, with a thread for each core, and progress on a terminal."""
+def in_parts(users, work, threads):
+    """(part, work(part)) for a few users after the other, several at a time, with progress on a terminal."""
     parts = [users[first : first + USERS_AT_ONCE] for first in range(0, len(users), USERS_AT_ONCE)]
-    threads = 1 if recommender.device.type == "cuda" else len(os.sched_getaffinity(0))
     bar = tqdm(total=len(users), unit=" users", delay=2, leave=False, disable=not sys.stderr.isatty())
     with bar, ThreadPoolExecutor(threads) as pool:
         for part, found in zip(parts, pool.map(work, parts), strict=True):
@@ -282,26 +281,29 @@ def plot(file, found, names, user, queries):
 
 def main(argv=None):
     options = parse(argv)
-    torch.set_num_threads(1)  # users are spread over the cores instead, which scales better than small operations
+    # Users are spread over the cores; small operations would gain nothing from them.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     clock = time.monotonic()
     recommender = Recommender.load(options.run, options.checkpoint_step, options.device)
     inputs.say(f"loaded {recommender.source} in {time.monotonic() - clock:.2f} s")
     if options.export:
         card.export(recommender, options.export, options.run)
     if options.ratings:
-        predict(options, recommender)
+        predict(options, recommender, threads if recommender.device.type == "cpu" else 1)
     return 0
 
 
-def predict(options, recommender):
-    """Read the users, predict, and write what was asked for."""
+def predict(options, recommender, threads):
+    """Read the users, predict on that many cores, and write what was asked for."""
     titles = inputs.read_titles(options.titles)
     users = inputs.read_users(options, recommender, titles)
     clock = time.monotonic()
     if options.pairs:
-        rows = list(pair_rows(recommender, inputs.read_pairs(options.pairs, users, recommender, titles)))
+        pairs = inputs.read_pairs(options.pairs, users, recommender, titles)
+        rows = list(pair_rows(recommender, pairs, threads))
     else:
-        rows = list(top_rows(recommender, users, options.top))
+        rows = list(top_rows(recommender, users, options.top, threads))
     seconds = time.monotonic() - clock
     inputs.say(f"predicted {len(rows):,} ratings of {len(users):,} users in {seconds:.2f} s")
     frame, weights = tabulate(recommender, titles, rows, ranked=not options.pairs), None

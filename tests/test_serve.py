@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 
 import main
-from examples import serve
+from examples import latency, serve
 from recommend import Recommender
 
 TINY = ("--mode=sample", "--num_train_iterations=2", "--log_interval=2", "--num_test_data=30", "--device=cpu")
@@ -109,3 +109,7 @@ def test_nothing_about_users_is_logged_or_printed(address, capfd, caplog):
     caplog.set_level(logging.DEBUG)
     post(address, {"users": [{"ratings": [["secret item", 5]]}]})
     assert "secret" not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_latency_is_measured_on_any_run(run):
+    assert min(latency.measure(run, n_single=2, n_batch=4)) > 0
