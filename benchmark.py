@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch.profiler import ProfilerActivity, profile
 
 import baselines
 import dataloader
@@ -155,14 +155,16 @@ def gradient_difference(system, tasks, width):
 
 
 def clock(function, bench):
-    """Seconds that one call takes."""
-    if bench.device.type == "cuda":
+    """Seconds that one call takes; with one CPU thread those of the processor, which other processes hardly change."""
+    on_gpu = bench.device.type == "cuda"
+    now = time.perf_counter if on_gpu or bench.threads > 1 else time.process_time
+    if on_gpu:
         torch.cuda.synchronize()
-    begin = time.perf_counter()
+    begin = now()
     function()
-    if bench.device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return now() - begin
 
 
 def medians(bench, *functions):
@@ -368,7 +370,7 @@ def bench_parts(bench):
             plain.options.num_inner_steps = 0
             weights = maml.objective_weights(options, 1).to(bench.device)
             second = options.use_second_order
-            with FlopCounterMode(display=False) as counter:
+            with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
                 backward(system, tasks, weights)
             sample, forward, inner, whole, step = medians(
                 bench,
@@ -383,7 +385,7 @@ def bench_parts(bench):
             parts = {"sampling": sample, "forward": forward, "inner gradients": inner - forward}
             parts |= {"meta backward": whole - inner, "optimizer": step}
             rows += [row(f"{name}: {part}", 100 * seconds / total, "%") for part, seconds in parts.items()]
-            flops = counter.get_total_flops()
+            flops = sum(event.flops for event in profiled.key_averages())
             rows.append(row(f"{name}: operations", flops / 1e9, "GFLOP"))
             rows.append(row(f"{name}: of the matrix product's rate", 100 * flops / whole / rate, "%"))
     return rows
@@ -405,13 +407,15 @@ def bench_accuracy(bench):
 
 
 def damped_error(problem, options):
-    """RMSE of damped user and item means on the validation users' last ratings."""
-    users = problem.train, problem.validation, problem.validation
-    predictions, _ = baselines.score_baselines(problem.ratings, *users, options.max_seq_len)
-    prediction = next(p for name, p in predictions.items() if "damped" in name.lower())[0]
-    target = problem.ratings.values[problem.ratings.offsets[problem.validation + 1] - 1]
-    low, high = problem.ratings.low, problem.ratings.high
-    return metrics.rmse((np.clip(prediction, low, high) - target.astype(float)) ** 2)[0]
+    """RMSE of the best damped user and item means on the validation users' last ratings."""
+    ratings, errors = problem.ratings, []
+    support, target = baselines.last_support(ratings, problem.validation, options.max_seq_len - 1)
+    for item_damping in baselines.ITEM_DAMPING:
+        effects = baselines.fit_effects(ratings, problem.train, item_damping)
+        for user_damping in baselines.USER_DAMPING:
+            prediction = baselines.predict_effects(*effects, user_damping, support)
+            errors.append(metrics.rmse((prediction.clip(ratings.low, ratings.high) - target) ** 2)[0])
+    return min(errors)
 
 
 def validation_error(system, problem):
