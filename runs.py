@@ -330,7 +330,10 @@ def check_resume(stored_options, options, may_change=MAY_CHANGE, may_grow=MAY_GR
 
     An option that one side does not have counts as None, not given.
     """
-    old, new = as_stored(stored_options), as_stored(options)
+    try:
+        old, new = as_stored(stored_options), as_stored(options)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError("the options that the run began with are damaged: train again in another --log_dir") from error
     differences = []
     for name in sorted((old.keys() | new.keys()) - set(may_change)):
         before, after = old.get(name), new.get(name)

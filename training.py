@@ -257,14 +257,14 @@ def iterate(run, stop):
     """Train until the last iteration or a signal; validate and save on the way."""
     log, bar = tracking.open_log(run), tracking.progress(run)
     clock = time.monotonic() - run.loop["seconds"]
-    saved = time.monotonic()
+    begun, saved = run.loop["iteration"], time.monotonic()
     while True:
         iteration = run.loop["iteration"]
         last = iteration >= run.options.num_train_iterations
         run.loop["seconds"] = time.monotonic() - clock
         if run.loop["validated"] != iteration and (last or iteration % run.options.log_interval == 0):
             validate(run, log, bar)
-        if last or stop.requested or is_save_due(run, saved):
+        if last or stop.requested or (iteration > begun and is_save_due(run, saved)):
             save(run)
             saved = time.monotonic()
         if last or stop.requested:
@@ -276,10 +276,10 @@ def iterate(run, stop):
 
 def is_save_due(run, saved):
     """Whether it is time for a checkpoint, the last being of `saved` on the monotonic clock."""
-    interval, options = run.options.checkpoint_interval, run.options
+    interval = run.options.checkpoint_interval
     if interval and run.loop["iteration"] % interval == 0:
         return True
-    return time.monotonic() - saved > 60 * options.checkpoint_minutes
+    return time.monotonic() - saved > 60 * run.options.checkpoint_minutes
 
 
 def new_loop():
@@ -327,9 +327,8 @@ def start(run):
 
 def restore(run, state):
     """Put a checkpoint's state into a run; UserError where it does not fit."""
-    loop, kinds = state["loop"], {name: type(value) for name, value in run.loop.items()}
-    problem = runs.wrong_entry(loop, kinds)
-    if problem or loop["iteration"] != state["step"] or [type(total) for total in loop["sums"]] != [float] * 3:
+    loop = state["loop"]
+    if not is_sound(loop, run.loop, state["step"]):
         raise UserError(
             f"the loop state of the checkpoint in {run.folder} is damaged: train again in another --log_dir"
         )
@@ -339,6 +338,15 @@ def restore(run, state):
     run.average.n_averaged.fill_(loop["iteration"] - loop["skipped"])
     run.loop.update(loop)
     set_rates(run, loop["iteration"] - 1)
+
+
+def is_sound(loop, fresh, step):
+    """Whether a loop state can be that of iteration `step`; `fresh` is one that begins."""
+    if runs.wrong_entry(loop, {name: type(value) for name, value in fresh.items()}) or loop["iteration"] != step:
+        return False
+    counts = loop["validated"] + 1, loop["since"], loop["skipped"], loop["best_iteration"]
+    sums = [type(total) is float and total >= 0 for total in loop["sums"]]
+    return all(0 <= count <= step + 1 for count in counts) and sums == [True] * len(fresh["sums"])
 
 
 def load_moments(optimizer, state, source):
@@ -362,7 +370,7 @@ def check_best(run):
     if loop["best_rmse"] == math.inf:
         return
     with contextlib.suppress(UserError):
-        if runs.load_checkpoint(runs.checkpoint_path(run.folder))["step"] == loop["best_iteration"]:
+        if runs.load_checkpoint(run.folder / "checkpoints" / "best.pt")["step"] == loop["best_iteration"]:
             return
     print(f"warning: the best checkpoint in {run.folder} is lost: from here on another is chosen", file=sys.stderr)
     loop["best_rmse"] = math.inf

@@ -1,0 +1,273 @@
+"""A run that was interrupted and goes on ends in the same bits as one that was not.
+
+MELO_RUN_KILLS sets how many runs of main.py are killed at a random moment (4), and a quarter as many of pretrain.py.
+"""
+
+import contextlib
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from running import ITERATIONS, NAMES, ROOT, command, curves, has_saved, result, run, same, start, wait, wait_until
+
+import main
+import options as option_module
+import pretrain
+import runs
+import training
+from utils import UserError
+
+KILLS = int(os.environ.get("MELO_RUN_KILLS", 4))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("continuation")
+
+
+@pytest.fixture(scope="module")
+def every(place):
+    """The folder of a run of main.py that was never interrupted and kept a checkpoint of every iteration."""
+    log = place / "every" / "log"
+    assert main.main(command(log, "--checkpoint_interval=1", "--keep_checkpoints=100")) == 0
+    return log / NAMES["main"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(place):
+    """The folder of a run of pretrain.py that was never interrupted."""
+    log = place / "pretrained" / "log"
+    assert pretrain.main(command(log)) == 0
+    return log / NAMES["pretrain"]
+
+
+@pytest.mark.parametrize("script", NAMES)
+def test_curves_are_complete(every, pretrained, script):
+    made = curves({"main": every, "pretrain": pretrained}[script])
+    assert [step for step, _ in made["validation/rmse"]] == [0, 5, 10, 12]
+    assert [step for step, _ in made["train/loss"]] == [5, 10, 12]
+
+
+def kill_and_go_on(log, script, moment):
+    """Kill a run after a random checkpoint, or before the first, and go on; its folder."""
+    folder, step = log / NAMES[script], moment.randrange(-1, ITERATIONS)
+    process = start(log, "--checkpoint_interval=1", script=script)
+    if step >= 0:
+        wait_until(has_saved(folder, step))
+    time.sleep(moment.uniform(0, 0.3 if step < 0 else 0.03))
+    os.kill(process, signal.SIGKILL)
+    assert wait(process) in (-signal.SIGKILL, 0)
+    assert run(log, "--resume", script=script) == (0, "")
+    return folder
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_killed_at_a_random_moment(every, place, number):
+    folder = kill_and_go_on(place / f"killed{number}" / "log", "main", random.Random(number))
+    assert same(result(folder), result(every))
+
+
+@pytest.mark.parametrize("number", range((KILLS + 3) // 4))
+def test_pretraining_killed_at_a_random_moment(pretrained, place, number):
+    folder = kill_and_go_on(place / f"pretraining{number}" / "log", "pretrain", random.Random(1000 + number))
+    assert same(result(folder), result(pretrained))
+
+
+def die_at_write(number):
+    """From now on, this process is killed when it is about to give a written file its name for the n-th time."""
+    rename, left = os.replace, [number]
+
+    def replace(*names):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*names)
+
+    os.replace = replace
+
+
+def test_killed_at_every_write(every, place):
+    """Each process goes on from what the one before it saved, saves once, and dies when it saves again."""
+    log, written, statuses = place / "writes", 3, []
+    while len(statuses) < 30 and statuses[-1:] != [0]:
+        process = start(log, "--resume", "--checkpoint_interval=4", before=lambda: die_at_write(written))
+        statuses.append(wait(process))
+    assert len(statuses) > 3 and set(statuses[:-1]) == {-signal.SIGKILL}
+    assert same(result(log / every.name), result(every))
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 11])
+def test_going_on_from_any_checkpoint(every, place, step):
+    expected, log = result(every), place / f"from{step}"
+    folder = copy_until(every, log, step)
+    status, errors = run(log, "--resume")
+    assert status == 0 and "best checkpoint" in errors and errors.count("\n") == 1
+    made = result(folder)
+    assert same(made["curves"], expected["curves"])
+    for part in ("last", "system", "optimizer"):
+        assert same(made["states"][0][part], expected["states"][0][part])
+
+
+def copy_until(every, log, step):
+    """Copy a run's folder to `log` as if it had no checkpoint after `step`."""
+    folder = log / every.name
+    shutil.copytree(every, folder)
+    for number, path in runs.find_checkpoints(folder).items():
+        if number > step:
+            path.unlink()
+    (folder / "checkpoints" / "best.pt").unlink()
+    return folder
+
+
+def test_damaged_checkpoints_are_passed_over(every, place):
+    log = place / "damaged"
+    folder = log / every.name
+    shutil.copytree(every, folder)
+    for path in list((folder / "checkpoints").iterdir()):
+        if path.name not in ("best.pt", "step-00000003.pt"):
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+    status, errors = run(log, "--resume", "--keep_checkpoints=100")
+    assert status == 0 and "its checksum does not fit" in errors
+    assert same(result(folder), result(every))
+
+
+def test_a_finished_run_stays_as_it_is(every, place):
+    log = place / "finished"
+    shutil.copytree(every, log / every.name)
+    for _ in range(2):
+        assert run(log, "--resume") == (0, "")
+    assert same(result(log / every.name), result(every))
+    assert len(runs.read_config(log / every.name)["continued"]) == 2
+
+
+def test_a_finished_run_goes_on_to_more_iterations(every, place):
+    """Along the longer cosine, in the same bits whatever the interruptions; never to fewer."""
+    longer = "--resume", f"--num_train_iterations={ITERATIONS + 6}"
+    results = []
+    for name in ("longer", "longer-killed"):
+        log = place / name
+        shutil.copytree(every, log / every.name)
+        if name == "longer-killed":
+            assert wait(start(log, *longer, before=lambda: die_at_write(4))) == -signal.SIGKILL
+        assert run(log, *longer) == (0, "")
+        results.append(result(log / every.name))
+    assert same(*results)
+    before, after = curves(every), results[0]["curves"]
+    assert all(points[: len(before[tag])] == before[tag] for tag, points in after.items())
+    assert [step for step, _ in after["validation/rmse"]] == [0, 5, 10, 12, 15, 18]
+    opts = option_module.parse("", command(log, *longer))
+    expected = opts.outer_lr * training.anneal(opts, ITERATIONS + 5)
+    assert after["learning_rate/encoder"][-1][1] == pytest.approx(expected, rel=1e-6)
+    status, errors = run(log, "--resume")
+    assert status == 2 and f"--num_train_iterations was {ITERATIONS + 6} and is now {ITERATIONS}" in errors
+
+
+def test_other_intervals_give_the_same_weights_and_no_double_points(every, place):
+    log = place / "intervals"
+    folder = copy_until(every, log, 7)
+    flags = "--resume", "--log_interval=7", "--checkpoint_interval=1"
+    assert wait(start(log, *flags, before=lambda: die_at_write(2))) == -signal.SIGKILL
+    assert run(log, *flags)[0] == 0
+    made, expected = result(folder), result(every)
+    assert same(made["states"][0]["last"], expected["states"][0]["last"])
+    assert [step for step, _ in made["curves"]["validation/rmse"]] == [0, 5, 7, 12]
+
+
+# -----------------------------------------------------------------------------
+# the same bits everywhere
+
+
+def test_same_bits_in_other_surroundings(every, place):
+    """A process of its own, with another hash seed, working directory and time zone, and --deterministic."""
+    log = place / "elsewhere" / "log"
+    log.mkdir(parents=True)
+    changed = {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "OMP_NUM_THREADS": "1", "LC_ALL": "C"}
+    words = [sys.executable, ROOT / "main.py", *command(log, "--deterministic", "--checkpoint_interval=1")]
+    subprocess.run(words, cwd=log.parent, env={**os.environ, **changed}, check=True, capture_output=True)
+    assert same(result(log / every.name), result(every))
+
+
+# -----------------------------------------------------------------------------
+# checkpoints that somebody made
+
+
+@pytest.fixture(scope="module")
+def resume(every, place):
+    """A function that goes on from the one checkpoint that it is given the state of."""
+    log = place / "crafted"
+    opts = option_module.parse("", command(log, "--resume"))
+    problem = training.load_problem(opts)
+    system = training.build_system(problem, opts)
+    average = torch.optim.swa_utils.AveragedModel(system)
+    optimizer = torch.optim.AdamW(training.parameter_groups(system, opts))
+    folder = copy_until(every, log, 0)
+
+    def go_on(state):
+        runs.save_checkpoint(folder, ITERATIONS, {**state, "step": ITERATIONS}, keep=1)
+        training.start(training.Run(system, average, problem, opts, folder, optimizer, training.new_loop()))
+
+    return go_on
+
+
+odd = st.none() | st.integers(-5, 5) | st.floats() | st.text(max_size=3) | st.just([]) | st.just({}) | st.just((1, 2))
+odd |= st.sampled_from([(), (3,), (2, 2)]).map(torch.zeros) | st.just({"step": 1}) | st.just({(1, 2): 3})
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_crafted_state_gives_one_sentence(every, resume, data):
+    state = runs.load_checkpoint(every / "checkpoints" / "best.pt")
+    holder = state
+    while True:
+        key = data.draw(st.sampled_from(sorted(holder, key=str)))
+        if not isinstance(holder[key], dict) or data.draw(st.booleans()):
+            break
+        holder = holder[key]
+    if data.draw(st.booleans()):
+        holder[key] = data.draw(odd)
+    else:
+        del holder[key]
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError):
+        resume(state)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        (("loop",), {}, "loop state .* is damaged"),
+        (("loop", "sums"), [1.0, 2.0], "loop state .* is damaged"),
+        (("loop", "iteration"), 3, "loop state .* is damaged"),
+        (("last", "rates.log_rate.head/user_bias"), torch.zeros(7), "does not fit its own options"),
+        (("optimizer", 0, "exp_avg"), torch.zeros(7), "optimizer state .* is damaged"),
+        (("optimizer", 999), {}, "optimizer state .* is damaged"),
+        (("options", "batch_size"), 5, "--batch_size was 5 and is now 4"),
+        (("options",), {(1, 2): 3}, "options .* are damaged"),
+        (("fingerprint",), "abc", "belongs to other data"),
+        (("levels",), None, "no checkpoint in .* can be used"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(every, resume, part, value, message):
+    state = runs.load_checkpoint(every / "checkpoints" / "best.pt")
+    holder = state
+    for key in part[:-1]:
+        holder = holder[key]
+    holder[part[-1]] = value
+    with pytest.raises(UserError, match=message) as error:
+        resume(state)
+    assert "\n" not in str(error.value)
+
+
+def test_resume_without_a_run_begins_one(every, place):
+    assert main.main(command(place / "none", "--resume", "--checkpoint_interval=1")) == 0
+    assert same(result(place / "none" / every.name), result(every))
