@@ -180,14 +180,17 @@ def train_step(system, optimizer, tasks, options, iteration):
 
 def divergence(options, iteration, before, after, norm):
     """What was not finite at an iteration, and the option that is likely to blame, in one sentence."""
-    if options.num_inner_steps == 0:
-        likely = "--pretraining_lr"
-    else:
-        likely = "--inner_lr" if math.isfinite(before) else "--outer_lr"
     return (
         f"iteration {iteration}: the query loss is {after:g} and the norm of the meta-gradient {norm:g}: train again "
-        f"with a lower {likely}, or leave such iterations out with --resume --skip_nonfinite"
+        f"with a lower {likely_cause(options, before)}, or leave such iterations out with --resume --skip_nonfinite"
     )
+
+
+def likely_cause(options, before):
+    """The option that is likely to blame where what was finite or not `before` adapting is not finite after it."""
+    if options.num_inner_steps == 0:
+        return "--pretraining_lr"
+    return "--inner_lr" if math.isfinite(before) else "--outer_lr"
 
 
 @contextlib.contextmanager
@@ -382,7 +385,7 @@ def save(run, best=False):
     if not all(p.isfinite().all() for p in run.system.parameters()):
         raise FloatingPointError(
             f"iteration {iteration}: the last step made parameters that are not finite: train again with a lower "
-            "--outer_lr; the checkpoint before is whole"
+            f"{likely_cause(run.options, math.inf)}"
         )
     state = {
         "system": run.average.module.state_dict(),
@@ -432,8 +435,9 @@ def validate(run, log, bar):
     scored = evaluate(run.average.module, run.problem, users, num_targets=options.val_targets)
     error, _ = metrics.rmse((scored.prediction - scored.target) ** 2)
     if not math.isfinite(error):
+        likely = likely_cause(options, scored.unadapted.sum())
         raise FloatingPointError(
-            f"iteration {loop['iteration']}: the RMSE of validation is {error:g}: train again with a lower --outer_lr"
+            f"iteration {loop['iteration']}: the RMSE of validation is {error:g}: train again with a lower {likely}"
         )
     loop["validated"] = loop["iteration"]
     if better := error < loop["best_rmse"]:

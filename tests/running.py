@@ -105,11 +105,16 @@ def result(folder):
 
 def curves(folder):
     """{tag: [(step, value)]} as TensorBoard shows them; of speeds, the steps alone."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    events = read_events(folder)
     found = {tag: [(p.step, p.value) for p in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     speed = "charts/iterations_per_second"
     return {**found, speed: [step for step, _ in found[speed]]}
+
+
+def read_events(folder):
+    """The events of a folder as TensorBoard reads them."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
 
 
 def same(a, b):
