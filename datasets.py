@@ -21,6 +21,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from download import EDITIONS, download_edition
+from layouts import check_options
 from options import add_data_options
 from readers import open_raw, read_columns, read_table
 from utils import UserError, run_script
@@ -78,6 +79,7 @@ def parse_ratings(path, options):
 
 def find_data(options):
     """The ratings file: --data_path, or the data set's own place, where MovieLens is downloaded to."""
+    check_options(options.mode, options.columns, options.sep)
     edition = EDITIONS.get(options.mode)
     usual, source = PLACES.get(options.mode, (None, "give the ratings file with --data_path"))
     if edition:

@@ -222,7 +222,7 @@ def parse_clean(block, layout, scale):
     try:
         columns = clean_delimited(block, layout) if layout.sep else clean_json(block, layout)
         part = columns and parse_batch(columns, 0, scale)
-    except (pyarrow.ArrowException, UnicodeDecodeError):
+    except pyarrow.ArrowException:
         return None
     return part if part and not part.problems.any() else None
 
@@ -386,10 +386,11 @@ def parse_batch(columns, first, scale):
 
 
 def arrow_ids(column):
-    """(codes, texts) of an Arrow column of ids; code -1 where there is none."""
+    """(codes, texts) of an Arrow column of ids; code -1 where there is none, `ArrowInvalid` if not UTF-8."""
     column = column.dictionary_encode()
-    texts = compute.utf8_trim_whitespace(column.dictionary.cast("large_string").fill_null(""))
-    return column.indices.fill_null(-1).to_numpy(), texts
+    texts = column.dictionary.cast("large_string").fill_null("")
+    texts.validate(full=True)  # Arrow's JSON parser lets pass what is not UTF-8
+    return column.indices.fill_null(-1).to_numpy(), compute.utf8_trim_whitespace(texts)
 
 
 def arrow_numbers(column):
