@@ -280,8 +280,11 @@ def command_line():
 
 
 def versions():
-    """The versions that decide whether a run can be repeated bit for bit."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    """What decides, beside options and data, whether a run can be repeated bit for bit; all as text."""
+    threads = str(torch.get_num_threads())  # sums are split among them
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "threads": threads
+    }  # fmt: skip
 
 
 def read_config(folder):
@@ -368,14 +371,16 @@ def check_fingerprint(stored, fingerprint, source):
 
 
 def warn_versions(config):
-    """Say on standard error where a run goes on under other versions: its bits may then differ."""
+    """Say on standard error where a run goes on under other versions or threads: its bits may then differ."""
     changes = [
         f"{name} {config['versions'].get(name)} -> {version}"
         for name, version in versions().items()
         if config["versions"].get(name) != version
     ]
     if changes:
-        print(f"warning: versions have changed ({', '.join(changes)}): last digits may differ", file=sys.stderr)
+        print(
+            f"warning: versions or threads have changed ({', '.join(changes)}): last digits may differ", file=sys.stderr
+        )
 
 
 # ----------------------------------------------------------------------------------------------------
