@@ -93,20 +93,20 @@ class GRU(nn.Module):
 
     def step(self, gates, state):
         """One step from projected inputs (..., 3 D) and the state before it (..., D)."""
-        reset_x, update_x, new_x = gates.chunk(3, -1)
-        reset_h, update_h, new_h = self.state(state).chunk(3, -1)
-        reset, update = torch.sigmoid(reset_x + reset_h), torch.sigmoid(update_x + update_h)
+        both, new_x = gates.split([2 * state.shape[-1], state.shape[-1]], -1)
+        both_h, new_h = self.state(state).split([2 * state.shape[-1], state.shape[-1]], -1)
+        reset, update = torch.sigmoid(both + both_h).chunk(2, -1)
         new = torch.tanh(new_x + reset * new_h)
         return new + update * (state - new)
 
     def forward(self, history, query, tasks):
         """history (R, S, I), query (Q, I) -> states (R, S, D) and (Q, D); a query is one step after row 0's history."""
         gates = self.input(history)
-        goes_on = continues(tasks)[..., None]
         state = gates.new_zeros(gates.shape[:-2] + (gates.shape[-1] // 3,))
         states = []
-        for t in range(gates.shape[-2]):
-            state = self.step(gates[..., t, :], state * goes_on[..., t, :])
+        # unbind, not indexing: its gradient is one stack, not a sum of arrays of zeros with one step filled in.
+        for step_gates, goes_on in zip(gates.unbind(-2), continues(tasks)[..., None].unbind(-2), strict=True):
+            state = self.step(step_gates, state * goes_on)
             states.append(state)
         states = torch.stack(states, -2)
         last = last_state(states, tasks).expand(query.shape[:-1] + (states.shape[-1],))

@@ -102,10 +102,9 @@ def run_lstm(cell, start, inputs, goes_on):
     """States (R, S, H) of an LSTM layer over packed rows; it starts anew, from `start` (2, H), with each window."""
     state, memory = (row.expand(inputs.shape[:-2] + row.shape) for row in start)
     states = []
-    for t in range(inputs.shape[-2]):
-        on = goes_on[..., t, None]
+    for values, on in zip(inputs.unbind(-2), goes_on[..., None].unbind(-2), strict=True):
         state, memory = start[0] + on * (state - start[0]), start[1] + on * (memory - start[1])
-        enter, forget, new, leave = cell(torch.cat([inputs[..., t, :], state], -1)).chunk(4, -1)
+        enter, forget, new, leave = cell(torch.cat([values, state], -1)).chunk(4, -1)
         memory = torch.sigmoid(forget) * memory + torch.sigmoid(enter) * torch.tanh(new)
         state = torch.sigmoid(leave) * torch.tanh(memory)
         states.append(state)
