@@ -34,6 +34,7 @@ import maml
 import metrics
 import options as option_module
 import training
+from optimizer import RowAdamW
 from utils import choose_device, random_stream, run_script
 
 FORMS = {"paper": ["--paper_form=True"], "default": []}
@@ -194,7 +195,7 @@ def measure_step(bench, form, count, n_items, more):
     options = settings(form, bench, *more)
     before = peak_memory(bench)
     system, tasks = build(options, bench, n_items), draw(options, bench, count, n_items)
-    optimizer = torch.optim.AdamW(training.parameter_groups(system, options))
+    optimizer = RowAdamW(training.parameter_groups(system, options))
     seconds = medians(bench, lambda: training.train_step(system, optimizer, tasks, options, 1))[0]
     return seconds, peak_memory(bench) - before
 
@@ -257,17 +258,19 @@ def bench_eval(bench):
 
 
 def bench_catalogue(bench):
-    """An outer step with few and with many items."""
+    """An outer step with few and with many items, these with --sparse_items."""
     rows = []
     for form in FORMS:
         count = settings(form, bench).batch_size
-        (few, small), (many, large) = (
-            apart(measure_step, bench, form, count, n_items, ()) for n_items in (bench.items, bench.many_items)
-        )
+        few, small = apart(measure_step, bench, form, count, bench.items, ())
         rows.append(row(f"{form}: {bench.items:,} items", 1e3 * few, "ms"))
-        rows.append(row(f"{form}: {bench.many_items:,} items", 1e3 * many, "ms"))
-        rows.append(row(f"{form}: ratio", many / few, "x", at_most=1.5))
-        rows.append(row(f"{form}: more memory", large - small, "MB", at_most=2000))
+        for sparse in (True, False):
+            more = (f"--sparse_items={sparse}",)
+            many, large = apart(measure_step, bench, form, count, bench.many_items, more)
+            name = f"{form}: {bench.many_items:,} items, {'sparse' if sparse else 'dense'}"
+            rows.append(row(f"{name}: time", 1e3 * many, "ms"))
+            rows.append(row(f"{name}: ratio", many / few, "x", at_most=1.5 if sparse else None))
+            rows.append(row(f"{name}: more memory", large - small, "MB", at_most=2000 if sparse else None))
     return rows
 
 
@@ -365,7 +368,7 @@ def bench_parts(bench):
         for model in bench.models:
             options = settings(form, bench, f"--model={model}", f"--batch_size={bench.tasks}")
             system, tasks = build(options, bench), draw(options, bench, bench.tasks)
-            optimizer = torch.optim.AdamW(training.parameter_groups(system, options))
+            optimizer = RowAdamW(training.parameter_groups(system, options))
             plain = build(settings(form, bench, f"--model={model}"), bench)
             plain.options.num_inner_steps = 0
             weights = maml.objective_weights(options, 1).to(bench.device)
@@ -428,7 +431,7 @@ def train_to(goal, problem, options, bench):
     """Train until the validation RMSE is at most `goal`: {figure: (value, unit)}."""
     begin = time.perf_counter()
     system = training.build_system(problem, options).to(bench.device)
-    optimizer = torch.optim.AdamW(training.parameter_groups(system, options))
+    optimizer = RowAdamW(training.parameter_groups(system, options))
     iteration, error = 0, validation_error(system, problem)
     while error > goal and iteration < options.num_train_iterations:
         for group in optimizer.param_groups:

@@ -64,12 +64,14 @@ def adapted_names(learner, options):
     return list(learner.head.adapted) if options.adapt == "head" else [n for n, _ in learner.named_parameters()]
 
 
-def look_up(learner, tasks):
+def look_up(learner, tasks, sparse=False):
     """Each task's own rows of the item tables: name -> (T, U, width).
 
-    Exact, because under gradient steps rows of items that a task does not use never move.
+    Exact, because under gradient steps rows of items that a task does not use never move. With `sparse` the tables'
+    gradients are sparse.
     """
-    return {name: F.embedding(tasks.table, learner.get_parameter(name)) for name in learner.table_names()}
+    names = learner.table_names()
+    return {name: F.embedding(tasks.table, learner.get_parameter(name), sparse=sparse) for name in names}
 
 
 def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
@@ -171,7 +173,7 @@ class MetaLearner(nn.Module):
         def one(task, rows):
             return adapt(self.learner, self.loss_network, self.rates, task, rows, self.options, second_order)[0]
 
-        return vmap(one)(tasks, look_up(self.learner, tasks))
+        return vmap(one)(tasks, look_up(self.learner, tasks, self.options.sparse_items))
 
     def explain(self, tasks):
         """Query predictions as `forward` gives them, and the weight of each support rating at each step (T, K, R, S).

@@ -22,6 +22,7 @@ import maml
 import metrics
 import runs
 import tracking
+from optimizer import RowAdamW, clip
 from utils import UserError
 
 
@@ -170,7 +171,7 @@ def train_step(system, optimizer, tasks, options, iteration):
         (losses * weights).sum().backward()
         total += losses.detach()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
+    norm = clip(parameters, options.clip_norm)
     figures = torch.stack([total[0], total[-1], norm]).tolist()
     if not all(map(math.isfinite, figures)):
         raise FloatingPointError(divergence(options, iteration, *figures))
@@ -235,7 +236,7 @@ def fit(system, problem, options, folder):
     That is 0, 130 or 143 after a signal, 3 where loss or gradient are not finite. Checkpoints hold all that going on
     needs: parameters, optimizer, loop state, id maps, options.
     """
-    optimizer = torch.optim.AdamW(parameter_groups(system, options))
+    optimizer = RowAdamW(parameter_groups(system, options))
     average = AveragedModel(system, multi_avg_fn=get_ema_multi_avg_fn(options.average))
     run = Run(system, average, problem, options, folder, optimizer, new_loop())
     with runs.lock_folder(folder), runs.Interruption() as stop, naming_what_to_lower(options):

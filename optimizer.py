@@ -1,0 +1,51 @@
+"""The outer optimizer: AdamW, which with sparse gradients costs nothing for rows that an iteration does not use."""
+
+import torch
+
+
+class RowAdamW(torch.optim.AdamW):
+    """AdamW that moves only the rows which a sparse gradient has; others stay, and so do their moments.
+
+    Dense gradients, weight decay (of dense ones alone) and the state are torch's.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        pairs = [(group, p) for group in self.param_groups for p in group["params"]]
+        sparse = [(group, p, p.grad) for group, p in pairs if p.grad is not None and p.grad.is_sparse]
+        for _, p, _ in sparse:
+            p.grad = None
+        super().step()
+        for group, p, gradient in sparse:
+            p.grad = gradient
+            self.step_rows(group, p, gradient.coalesce())
+
+    def step_rows(self, group, p, gradient):
+        """Adam on the rows of `p` that the coalesced sparse gradient has."""
+        state, (first, second) = self.state[p], group["betas"]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        rows, values = gradient.indices()[0], gradient.values()
+        mean = state["exp_avg"][rows].lerp_(values, 1 - first)
+        square = state["exp_avg_sq"][rows].lerp_(values.square(), 1 - second)
+        state["exp_avg"][rows], state["exp_avg_sq"][rows] = mean, square
+        steps = float(state["step"])
+        scale = (square / (1 - second**steps)).sqrt_() + group["eps"]
+        p[rows] -= group["lr"] / (1 - first**steps) * mean / scale
+
+
+@torch.no_grad()
+def clip(parameters, limit):
+    """Scale gradients, dense or sparse, to a joint norm of at most `limit`; the norm before, as a tensor."""
+    gradients = []
+    for p in parameters:
+        if p.grad is not None:
+            p.grad = p.grad.coalesce() if p.grad.is_sparse else p.grad
+            gradients.append(p.grad.values() if p.grad.is_sparse else p.grad)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    factor = (limit / (norm + 1e-6)).clamp_max(1)
+    for gradient in gradients:
+        gradient.mul_(factor)
+    return norm

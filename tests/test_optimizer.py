@@ -1,0 +1,72 @@
+"""The row-wise optimizer equals torch's own, and moves no other row."""
+
+import pytest
+import tiny
+import torch
+
+import optimizer
+import training
+
+
+def steps(kind, rows_of, sparse, shape=(6, 3), count=5, **given):
+    """A table after some steps on the squared values of the rows each step uses."""
+    table = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    chosen = kind([table], lr=0.1, **given)
+    for step in range(count):
+        chosen.zero_grad()
+        rows = torch.tensor(rows_of(step))
+        (torch.nn.functional.embedding(rows, table, sparse=sparse) - step).square().sum().backward()
+        if sparse:
+            table.grad = table.grad.coalesce()
+        chosen.step()
+    return table.detach(), chosen.state_dict()["state"]
+
+
+def test_with_all_rows_it_is_adam():
+    given = {"weight_decay": 0.0}
+    found, state = steps(optimizer.RowAdamW, lambda step: [0, 1, 2, 3, 4, 5, 2], True, **given)
+    expected, of_torch = steps(torch.optim.AdamW, lambda step: [0, 1, 2, 3, 4, 5, 2], False, **given)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(state, of_torch)
+
+
+def test_with_some_rows_it_is_torchs_sparse_adam():
+    rows = [[0, 1, 1], [5], [0, 5], [2, 1], [1]].__getitem__
+    found, _ = steps(optimizer.RowAdamW, rows, True, weight_decay=0.0, eps=1e-20)
+    expected, _ = steps(torch.optim.SparseAdam, rows, True, eps=1e-20)  # which adds eps elsewhere
+    torch.testing.assert_close(found, expected)
+    start, _ = steps(optimizer.RowAdamW, rows, True, count=0)
+    assert torch.equal(found[3:5], start[3:5])
+
+
+def test_dense_gradients_go_to_torch():
+    found, state = steps(optimizer.RowAdamW, lambda step: [step], False, weight_decay=0.3)
+    expected, of_torch = steps(torch.optim.AdamW, lambda step: [step], False, weight_decay=0.3)
+    torch.testing.assert_close((found, state), (expected, of_torch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_clipping_equals_torchs(limit):
+    tables = [torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64)) for _ in range(2)]
+    found = []
+    for sparse in (True, False):
+        for table in tables:
+            table.grad = None
+        rows = torch.tensor([0, 2, 2])
+        sum(torch.nn.functional.embedding(rows, table, sparse=sparse).square().sum() for table in tables).backward()
+        clip = optimizer.clip if sparse else torch.nn.utils.clip_grad_norm_
+        norm = clip(tables, limit)
+        found.append([norm, *(table.grad.to_dense() for table in tables)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_sparse_tables_take_the_same_first_step(chunk):
+    found = []
+    for sparse in (True, False):
+        options = tiny.options(model="gru4rec", adapt="all", init_items="random", sparse_items=sparse, task_chunk=chunk)
+        system, tasks = tiny.system(options), tiny.training_tasks(options)
+        chosen = optimizer.RowAdamW(training.parameter_groups(system, options))
+        figures = training.train_step(system, chosen, tasks, options, 0)
+        found.append((figures, system.state_dict()))
+    torch.testing.assert_close(*found)
