@@ -2,10 +2,12 @@
 
 import csv
 import json
+import re
 from typing import NamedTuple
 
 from utils import UserError
 
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what bytes that are not UTF-8 are decoded to
 ROLES = ("user", "item", "rating", "time")
 
 # Column names, in lower case, and what they hold; the first of a line that a file has counts.
@@ -92,8 +94,8 @@ def check_mode(path, name, mode):
 def json_layout(path, line, columns):
     """The `Layout` of JSON lines by the keys of the first one."""
     record = parse_json(line)
-    if not isinstance(record, dict):
-        raise UserError(f"{path}, line 1: '{shown(line)}' is not a JSON object")
+    if not isinstance(record, dict) or NOT_UTF8.search("".join(record)):
+        raise UserError(f"{path}, line 1: '{shown(line)}' is not a JSON object in UTF-8")
     keys = list(record)
     places, name = choose_columns(path, keys, columns)
     keys = tuple(None if place is None else keys[place] for place in places)

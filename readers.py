@@ -26,7 +26,7 @@ from pyarrow import csv as arrow_csv
 from pyarrow import json as arrow_json
 from tqdm import tqdm
 
-from layouts import check_mode, check_options, choose_columns, parse_json, recognise, shown
+from layouts import NOT_UTF8, check_mode, check_options, choose_columns, parse_json, recognise, shown
 from utils import UserError
 
 BLOCK = 1 << 25  # bytes of text parsed at a time
@@ -44,7 +44,6 @@ PROBLEMS = (
     "its time is neither a number nor a date",
 )
 LONE_RETURN = re.compile(b"\r(?!\n)")
-NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what bytes that are not UTF-8 are decoded to
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 ZIP_MEMBERS = ("ratings.dat", "ratings.csv", "u.data", "yelp_academic_dataset_review.json")

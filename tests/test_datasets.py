@@ -293,6 +293,7 @@ FAULTS = {  # content, mode, what is said
         "yelp",
         "line 5: .* or not text",
     ),
+    "JSON keys that are not UTF-8": (b'{"\x80": 1}', "yelp", "line 1: .* is not a JSON object in UTF-8"),
     "deep JSON": (LAYOUTS["yelp reviews"] + "[" * 100_000, "yelp", "line 5: '\\[\\["),
     "a JSON array": ("[{}]", "yelp", "is one JSON array"),
     "other JSON": ('{"a": 1}\n', "yelp", "has the columns a: which is the user and the item and the rating"),
