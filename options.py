@@ -253,7 +253,7 @@ def add_outer_options(parser):
         real(0, 0.9999),
         "decay of the running mean of the weights that is validated and tested; 0 = the last weights",
     )
-    add("sparse_items", False, true_or_false, "move only the rows of item tables that an iteration uses; for large catalogues")
+    add("sparse_items", False, true_or_false, "move only the item rows that an iteration uses; for large catalogues")
     add("clip_norm", 5.0, real(1e-9), "largest norm of the meta-gradient")
 
 
