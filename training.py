@@ -214,7 +214,7 @@ def naming_what_to_lower(options):
 
 def is_out_of_memory(error):
     """Whether an error is torch's (GPU or CPU), Python's or NumPy's for want of memory."""
-    signs = "not enough memory", "can't allocate memory", "bad_alloc"
+    signs = "not enough memory", "can't allocate memory", "bad_alloc", "could not create a primitive"  # oneDNN's words
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
