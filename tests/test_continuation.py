@@ -82,6 +82,16 @@ def test_pretraining_killed_at_a_random_moment(pretrained, place, number):
     assert same(result(folder), result(pretrained))
 
 
+def test_sparse_items_killed_and_gone_on_with(place):
+    """Rows of item tables have their own optimizer state."""
+    flags = "--sparse_items=True", "--checkpoint_interval=1"
+    whole, killed = place / "sparse" / "log", place / "sparse-killed" / "log"
+    assert main.main(command(whole, *flags)) == 0
+    assert wait(start(killed, *flags, before=lambda: die_at_write(9))) == -signal.SIGKILL
+    assert run(killed, *flags, "--resume") == (0, "")
+    assert same(result(killed / NAMES["main"]), result(whole / NAMES["main"]))
+
+
 def die_at_write(number):
     """From now on, this process is killed when it is about to give a written file its name for the n-th time."""
     rename, left = os.replace, [number]
@@ -210,7 +220,7 @@ def resume(every, place):
     problem = training.load_problem(opts)
     system = training.build_system(problem, opts)
     average = torch.optim.swa_utils.AveragedModel(system)
-    optimizer = torch.optim.AdamW(training.parameter_groups(system, opts))
+    optimizer = training.RowAdamW(training.parameter_groups(system, opts))
     folder = copy_until(every, log, 0)
 
     def go_on(state):
