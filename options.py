@@ -44,7 +44,12 @@ PAPER_FORM = {
 
 
 # Chosen on validation users of each data set; see results/EXPERIMENTS.md.
-DATA_DEFAULTS = {"amazon": {"outer_lr": 1e-3, "item_lr": 1e-4, "factor_prior": 40.0}, "ml-100k": {"factor_prior": 20.0}}
+DATA_DEFAULTS = {
+    "amazon": {"outer_lr": 1e-3, "item_lr": 1e-4, "factor_prior": 40.0},
+    "ml-100k": {"factor_prior": 20.0, "num_test_data": 150},
+    "ml-latest-small": {"num_test_data": 100},
+    "sample": {"num_test_data": 150},
+}
 
 
 class Parser(argparse.ArgumentParser):
