@@ -27,7 +27,8 @@ class Learner(nn.Module):
             torch.manual_seed(options.model_init_seed)
             self.encoder = ENCODERS[options.model](options)
             self.read_rating = ReadRating(self.encoder.hidden) if options.use_rating_input else None
-            self.head = JointHead(self.encoder.hidden, options.num_factors) if options.head == "joint" else PlainHead(self.encoder.hidden)
+            hidden = self.encoder.hidden
+            self.head = JointHead(hidden, options.num_factors) if options.head == "joint" else PlainHead(hidden)
         self.item_embedding = table(n_items, self.encoder.hidden, 0.02, generator)
         if options.head == "joint":
             self.item_effect = table(n_items, 1, 0.0, generator)

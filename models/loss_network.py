@@ -118,7 +118,8 @@ class MLPLoss(nn.Module):
         super().__init__()
         self.options = options
         steps = options.num_inner_steps if options.use_step_loss else 1
-        self.networks = nn.ModuleList(mlp(len(FEATURES), options.lstm_hidden, options.loss_num_layers) for _ in range(steps))
+        sizes = len(FEATURES), options.lstm_hidden, options.loss_num_layers
+        self.networks = nn.ModuleList(mlp(*sizes) for _ in range(steps))
 
     def prepare(self, tasks):
         return None

@@ -29,9 +29,9 @@ def run(folder, script, *flags, status=0):
     In this process, because starting Python and torch takes longer than all that is tested here.
     """
     out, error = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-        with pytest.raises(SystemExit) as stopped:
-            run_script(lambda: SCRIPTS[script](list(flags)))
+    redirect = contextlib.redirect_stdout(out), contextlib.redirect_stderr(error)
+    with contextlib.chdir(folder), redirect[0], redirect[1], pytest.raises(SystemExit) as stopped:
+        run_script(lambda: SCRIPTS[script](list(flags)))
     assert (stopped.value.code or 0) == status, error.getvalue()
     return out.getvalue(), error.getvalue()
 
