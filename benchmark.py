@@ -373,12 +373,13 @@ def bench_parts(bench):
             plain.options.num_inner_steps = 0
             weights = maml.objective_weights(options, 1).to(bench.device)
             second = options.use_second_order
+            passes = options.num_inner_steps + 1 if options.adapt == "all" else 1  # of the encoder
             with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
                 backward(system, tasks, weights)
             sample, forward, inner, whole, step = medians(
                 bench,
                 lambda o=options: dataloader.sample_tasks(sequences, users, o, 0),
-                lambda p=plain, t=tasks, k=options.num_inner_steps + 1: [p(t) for _ in range(k)],
+                lambda p=plain, t=tasks, k=passes: [p(t) for _ in range(k)],
                 lambda s=system, t=tasks, o=second: s(t, o),
                 lambda s=system, t=tasks, w=weights: backward(s, t, w),
                 optimizer.step,
