@@ -143,9 +143,9 @@ def objective_weights(options, iteration):
     return F.pad(step_weights(steps, iteration, horizon), (1, 0))
 
 
-def query_losses(predictions, tasks):
-    """Squared error of each task's queries, averaged over them, per number of inner steps: (T, K + 1)."""
-    errors = (predictions - tasks.query_ratings[:, None]).square() * tasks.query[:, None]
+def query_losses(predictions, tasks, loss=torch.square):
+    """`loss` of the errors of each task's queries, averaged over them, per number of inner steps: (T, K + 1)."""
+    errors = loss(predictions - tasks.query_ratings[:, None]) * tasks.query[:, None]
     return errors.sum(-1) / tasks.query.sum(-1, keepdim=True)
 
 

@@ -87,9 +87,10 @@ def log_validation(run, log, bar, scored):
     (rmse, _), (mae, _) = metrics.rmse(errors**2), metrics.mean_with_error(abs(errors))
     std = run.problem.std
     if loop["since"]:
-        before, after, norm = (total / loop["since"] for total in loop["sums"])
+        before, after, absolute, norm = (total / loop["since"] for total in loop["sums"])
         log.add_scalar("train/loss", after, iteration)
         log.add_scalar("train/rmse", std * after**0.5, iteration)
+        log.add_scalar("train/mae", std * absolute, iteration)
         log.add_scalar("train/rmse_unadapted", std * before**0.5, iteration)
         log.add_scalar("train/gradient_norm", norm, iteration)
         bar.set_postfix(loss=f"{after:.4f}", val_rmse=f"{rmse:.4f}")

@@ -157,24 +157,27 @@ def anneal(options, iteration):
 
 
 def train_step(system, optimizer, tasks, options, iteration):
-    """One outer step: (mean query loss before adapting, after it, norm of the meta-gradient).
+    """One outer step: (mean query loss before adapting, after it, absolute error after it, norm of the meta-gradient).
 
     Raises FloatingPointError, with the parameters as they were, where any of them is not finite.
     """
     weights = maml.objective_weights(options, iteration).to(system.scale.device)
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros(options.num_inner_steps + 1, device=system.scale.device)
+    absolute = total.new_zeros(())
     chunk = options.task_chunk or len(tasks.table)
     for i in range(0, len(tasks.table), chunk):
         part = dataloader.Tasks(*(tensor[i : i + chunk] for tensor in tasks))
-        losses = maml.query_losses(system(part, options.use_second_order), part).sum(0) / len(tasks.table)
+        predictions = system(part, options.use_second_order)
+        losses = maml.query_losses(predictions, part).sum(0) / len(tasks.table)
         (losses * weights).sum().backward()
         total += losses.detach()
+        absolute += maml.query_losses(predictions[:, -1:].detach(), part, torch.abs).sum() / len(tasks.table)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = clip(parameters, options.clip_norm)
-    figures = torch.stack([total[0], total[-1], norm]).tolist()
+    figures = torch.stack([total[0], total[-1], absolute, norm]).tolist()
     if not all(map(math.isfinite, figures)):
-        raise FloatingPointError(divergence(options, iteration, *figures))
+        raise FloatingPointError(divergence(options, iteration, figures[0], figures[1], figures[3]))
     optimizer.step()
     return figures
 
@@ -293,7 +296,7 @@ def new_loop():
         "validated": -1,  # the iteration of the last validation
         "seconds": 0.0,
         "since": 0,  # iterations since then, and the sums of their figures
-        "sums": [0.0, 0.0, 0.0],
+        "sums": [0.0] * 4,
         "skipped": 0,
         "best_rmse": math.inf,
         "best_iteration": 0,
@@ -444,6 +447,6 @@ def validate(run, log, bar):
     if better := error < loop["best_rmse"]:
         loop["best_rmse"], loop["best_iteration"] = error, loop["iteration"]
     tracking.log_validation(run, log, bar, scored)
-    loop["sums"], loop["since"] = [0.0, 0.0, 0.0], 0
+    loop["sums"], loop["since"] = new_loop()["sums"], 0
     if better:
         save(run, best=True)

@@ -208,8 +208,8 @@ def limit_memory(more):
     ("flags", "remedy"),
     [
         (["--batch_size=100000000"], "lower --batch_size, which is 100000000"),
-        (["--batch_size=2000", "--num_inner_steps=50", "--bert_hidden_units=64"], "give --task_chunk=1000"),
-        (["--batch_size=3000", "--task_chunk=2000", "--bert_hidden_units=128"], "give --task_chunk=1000"),
+        (["--batch_size=20000", "--num_inner_steps=50", "--bert_hidden_units=64"], "give --task_chunk=10000"),
+        (["--batch_size=30000", "--task_chunk=20000", "--bert_hidden_units=128"], "give --task_chunk=10000"),
     ],
 )
 def test_out_of_memory_names_what_to_lower(log, flags, remedy):
