@@ -110,13 +110,8 @@ def group(parser, title):
 # data
 
 
-def add_data_options(parser):
-    add = group(parser, "data")
-    add("mode", "ml-1m", str, "ml-100k to ml-32m, ml-latest[-small], amazon, yelp, sample; csv or parquet: your own")
-    add("data_path", None, str, "ratings file; default: the data set's place under ./Data")
-    add("min_item", 50, count(0), "keep items with at least this many ratings")
-    add("min_sequence", 5, count(2), "then keep users with at least this many ratings")
-    add("rating_scale", None, str, "rating scale; default: found from the data", metavar="LOW:HIGH")
+def add_layout_options(add):
+    """How a ratings file is to be read, for the group that `add` belongs to."""
     add(
         "columns",
         None,
@@ -126,6 +121,16 @@ def add_data_options(parser):
     )
     add("sep", None, str, "column separator of --mode=csv; default: found from the first line")
     add("skip_bad_rows", False, bool, "drop up to 1 %% unreadable rows, and say which")
+
+
+def add_data_options(parser):
+    add = group(parser, "data")
+    add("mode", "ml-1m", str, "ml-100k to ml-32m, ml-latest[-small], amazon, yelp, sample; csv or parquet: your own")
+    add("data_path", None, str, "ratings file; default: the data set's place under ./Data")
+    add("min_item", 50, count(0), "keep items with at least this many ratings")
+    add("min_sequence", 5, count(2), "then keep users with at least this many ratings")
+    add("rating_scale", None, str, "rating scale; default: found from the data", metavar="LOW:HIGH")
+    add_layout_options(add)
     add("data_url", None, str, "mirror to download the data set from")
     add("cache_dir", None, str, "folder for parsed data; default: beside the data")
 

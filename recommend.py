@@ -51,15 +51,7 @@ def parse(argv):
     add = option_module.group(parser, "users")
     add("ratings", None, str, "their ratings, any file that main.py reads; - = standard input")
     add("mode", None, str, "layout of that file; default: found from its first lines")
-    add(
-        "columns",
-        None,
-        str,
-        "columns of --mode=csv or parquet, by name or 0-based position",
-        metavar="user:U,item:I,...",
-    )
-    add("sep", None, str, "column separator of --mode=csv; default: found from the first line")
-    parser.add_argument("--skip_bad_rows", action="store_true", help="drop up to 1 %% unreadable rows, and say which")
+    option_module.add_layout_options(add)
     add("titles", None, str, "file of item ids and titles: items may be given by title, and are shown with it")
     add = option_module.group(parser, "what to predict")
     add("top", 10, option_module.count(1), "list this many items of each user, not rated yet")
