@@ -22,9 +22,11 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
@@ -34,6 +36,7 @@ import maml
 import metrics
 import options as option_module
 import training
+from models import kernels
 from optimizer import RowAdamW
 from utils import choose_device, random_stream, run_script
 
@@ -125,18 +128,55 @@ def naive_losses(system, task):
                 fast[name] = fast[name] - system.rates(name, step, count) * gradient
 
 
+def naive_gru(inputs, goes_on, weight, bias):
+    """`kernels.GRUScan` as a loop over steps: inputs (..., R, S, 3 D) -> states (..., R, S, D)."""
+    state, states = inputs.new_zeros(*inputs.shape[:-2], weight.shape[-1]), []
+    for x, on in zip(inputs.unbind(-2), goes_on[..., None].unbind(-2), strict=True):
+        before = on * state
+        (x_r, x_z, x_n), gates = x.chunk(3, -1), before @ weight.transpose(-1, -2) + bias[..., None, :]
+        h_r, h_z, h_n = gates.chunk(3, -1)
+        update, new = torch.sigmoid(x_z + h_z), torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+        state = new + update * (before - new)
+        states.append(state)
+    return torch.stack(states, -2)
+
+
+def naive_norm(x, eps):
+    """`kernels.Standardise` as torch's layer norm."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+NAIVE = {kernels.GRUScan: naive_gru, kernels.Standardise: naive_norm, kernels.Gelu: F.gelu}
+
+
+@contextlib.contextmanager
+def autograd_alone():
+    """The pieces of `models/kernels.py` as torch's own operations, whose derivatives are autograd's."""
+    with contextlib.ExitStack() as stack:
+        for kernel, plain in NAIVE.items():
+            stack.enter_context(mock.patch.object(kernel, "apply", plain))
+        yield
+
+
 def naive_backward(system, tasks, weights):
-    """Add the meta-gradient of spread tasks to the parameters, task after task."""
+    """Add the meta-gradient of spread tasks to the parameters, task after task.
+
+    This is what one writes with torch at hand and no thought of speed: autograd through a functional form of the
+    learner, the steps of recurrences in a loop. It shares the learners' equations, but none of the tricks: no packing,
+    no task-local tables, no tasks at once, no derivative written by hand.
+    """
     system.zero_grad()
-    for task in zip(*tasks, strict=True):
-        ((naive_losses(system, type(tasks)(*task)) * weights).sum() / len(tasks.table)).backward()
+    with autograd_alone():
+        for task in zip(*tasks, strict=True):
+            ((naive_losses(system, type(tasks)(*task)) * weights).sum() / len(tasks.table)).backward()
 
 
 def backward(system, tasks, weights):
-    """Add the meta-gradient of tasks to the parameters, all tasks at once."""
+    """Add the meta-gradient of tasks to the parameters, as training does."""
     system.zero_grad()
-    losses = maml.query_losses(system(tasks, system.options.use_second_order), tasks)
-    (losses.mean(0) * weights).sum().backward()
+    for _, part in dataloader.by_size(tasks, system.options.task_chunk, tasks.ratings.is_cuda):
+        losses = maml.query_losses(system(part, system.options.use_second_order), part).sum(0) / len(tasks.table)
+        (losses * weights).sum().backward()
 
 
 def gradient_difference(system, tasks, width):
@@ -360,7 +400,7 @@ def matmul_rate(bench):
 
 def bench_parts(bench):
     """Time per part of an outer step, its floating-point operations and their rate."""
-    rate = matmul_rate(bench)
+    rate, on_gpu = matmul_rate(bench), bench.device.type == "cuda"
     rows = [row("matrix product", rate / 1e9, "GFLOP/s")]
     sequences = synthetic()
     users = np.arange(len(sequences.offsets) - 1)
@@ -372,15 +412,15 @@ def bench_parts(bench):
             plain = build(settings(form, bench, f"--model={model}"), bench)
             plain.options.num_inner_steps = 0
             weights = maml.objective_weights(options, 1).to(bench.device)
-            second = options.use_second_order
+            second, parts = options.use_second_order, [part for _, part in dataloader.by_size(tasks, 0, on_gpu)]
             passes = options.num_inner_steps + 1 if options.adapt == "all" else 1  # of the encoder
             with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
                 backward(system, tasks, weights)
             sample, forward, inner, whole, step = medians(
                 bench,
                 lambda o=options: dataloader.sample_tasks(sequences, users, o, 0),
-                lambda p=plain, t=tasks, k=passes: [p(t) for _ in range(k)],
-                lambda s=system, t=tasks, o=second: s(t, o),
+                lambda p=plain, t=parts, k=passes: [p(part) for part in t for _ in range(k)],
+                lambda s=system, t=parts, o=second: [s(part, o) for part in t],
                 lambda s=system, t=tasks, w=weights: backward(s, t, w),
                 optimizer.step,
             )

@@ -122,7 +122,7 @@ def build_tasks(sequences, start, n_support, n_query, options, rng=None):
 def assemble(sequences, start, n_support, query_items, query_ratings, query, options, rng=None):
     """`Tasks` from supports in `sequences` and given query items (T, Q), ratings (T, Q) and mask (T, Q)."""
     window_start, window_length = support_windows(n_support, options, rng)
-    row, column = pack(window_length, max(1, n_support.max()))
+    row, column = pack(window_length, np.maximum(n_support, 1))
     shape = (len(start), row.max() + 1, max(1, (column + window_length).max()))
 
     task, window, inside = positions(window_length)
@@ -153,6 +153,48 @@ def assemble(sequences, start, n_support, query_items, query_ratings, query, opt
         query_last=n_support - 1,
     )
     return Tasks(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+
+
+PART = 1500  # positions whose arithmetic costs as much as calling the operations of another part
+CACHE = 6000  # positions whose arrays fill a processor's cache
+ON_GPU = 256  # tasks at once on a GPU, where calling operations is what costs
+
+
+def by_size(tasks, chunk=0, on_gpu=False):
+    """Split a meta-batch into parts of like size, cut to what they use: (numbers of its tasks, `Tasks`) for each part.
+
+    A part holds `chunk` tasks. With chunk 0 it ends where its padding would cost more than another part does, and
+    where it would outgrow the cache; on a GPU it is large.
+    """
+    used = tasks.segment.cpu() > 0
+    rows, width = (used.any(other).sum(1).clamp_min(1).numpy() for other in (2, 1))
+    order = np.lexsort((-rows, -width))
+    first = 0
+    while first < len(order):
+        rest = order[first:]
+        numbers = rest[: chunk or (ON_GPU if on_gpu else part_length(rows[rest], width[rest]))]
+        at = torch.from_numpy(numbers)
+        yield numbers, cut(Tasks(*(tensor[at] for tensor in tasks)), rows[numbers].max(), width[numbers].max())
+        first += len(numbers)
+
+
+def part_length(rows, width):
+    """How many of the first tasks to take as one part; rows and width (T,) of each, the widest first."""
+    size = np.maximum.accumulate(rows) * width[0] * np.arange(1, len(rows) + 1)
+    fits = (size - np.cumsum(rows * width) <= PART) & (size <= CACHE)
+    return max(1, int(fits.sum()))
+
+
+def cut(tasks, rows, width):
+    """Tasks without the rows, positions, queries and places in tables that none of them uses."""
+    queries = int(tasks.query.any(0).sum())
+    table = 1 + max(int(tasks.items.max()), int(tasks.query_items.max()))
+    names = ("items", "ratings", "segment", "position", "known", "support")
+    return tasks._replace(
+        table=tasks.table[:, :table],
+        **{name: getattr(tasks, name)[:, :rows, :width] for name in names},
+        **{name: getattr(tasks, name)[:, :queries] for name in ("query_items", "query_ratings", "query")},
+    )
 
 
 def uses_cloze(options):
@@ -194,7 +236,7 @@ def support_windows(n_support, options, rng=None):
 
 
 def pack(length, width):
-    """First-fit packing of windows (T, W) into rows of `width`, longest first: (row, column), each (T, W)."""
+    """First-fit packing of windows (T, W) into rows of `width` (T,), longest first: (row, column), each (T, W)."""
     order = np.argsort(-length[:, 1:], axis=1, kind="stable") + 1
     row, column = np.zeros_like(length), np.zeros_like(length)
     used = np.zeros_like(length)
@@ -202,7 +244,7 @@ def pack(length, width):
     tasks = np.arange(len(length))
     for window in order.T:
         need = length[tasks, window]
-        first = np.argmax(used + need[:, None] <= width, axis=1)
+        first = np.argmax(used + need[:, None] <= width[:, None], axis=1)
         row[tasks, window], column[tasks, window] = first, used[tasks, first]
         used[tasks, first] += need
     return row, column

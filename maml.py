@@ -7,9 +7,10 @@ R rows, S positions, Q queries, K inner steps.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import functional_call
 
 from models import loss_network
+from models.layers import spread
 from models.learner import Learner
 
 
@@ -75,41 +76,66 @@ def look_up(learner, tasks, sparse=False):
 
 
 def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
-    """Adapt to one task: query predictions before the first and after each inner step (K + 1, Q), and the support
-    predictions (R, S) that each step started from, a list of K.
+    """Adapt to each task: query predictions before the first and after each inner step (T, K + 1, Q), and the support
+    predictions (T, R, S) that each step started from, a list of K.
 
-    `tasks` is one task's slice of `dataloader.Tasks`, `tables` its item rows. Where the encoder stays as it is
-    (--adapt=head), its states are computed once.
+    `tables` are the tasks' item rows. Where the encoder stays as it is (--adapt=head), its states are computed once.
     """
     return inner_loop(learner, loss_network, rates, tasks, tables, options, second_order)[1:]
 
 
 def inner_loop(learner, loss_network, rates, tasks, tables, options, second_order):
-    """What `adapt` gives, with the adapted parameters {name: tensor} before it."""
-    names = adapted_names(learner, options)
-    fast = {name: tables[name] if name in tables else learner.get_parameter(name) for name in names}
+    """What `adapt` gives, with the adapted parameters {name: (T, ...)} before it."""
+    fast, train = start(learner, tables, options), torch.is_grad_enabled()
     states = learner.encode(tasks, tables) if options.adapt == "head" else None
     count = (tasks.query_last + 1).to(tasks.ratings.dtype)
     # A rating in several windows counts once in all.
-    share = tasks.support * (count / tasks.support.sum().clamp_min(1))
+    share = tasks.support * (count / tasks.support.sum((1, 2)).clamp_min(1))[:, None, None]
     prepared = None if loss_network is None else loss_network.prepare(tasks)
 
-    def predict(fast):
+    def predict(fast, tasks):
         weights = {name: value for name, value in fast.items() if name not in tables}
         rows = {name: fast.get(name, value) for name, value in tables.items()}
         return functional_call(learner, weights, (tasks, rows, states))
 
     queries, histories = [], []
     for step in range(options.num_inner_steps):
-        history, backward, query = vjp(predict, fast, has_aux=True)
+        with torch.enable_grad():
+            if not train:
+                fast = {name: value.detach().requires_grad_() for name, value in fast.items()}
+            history, query = predict(fast, tasks)
         slope = history - tasks.ratings if loss_network is None else loss_network(prepared, step, history, tasks)
-        (gradients,) = backward(slope * share)
-        if not second_order:
-            gradients = {name: gradient.detach() for name, gradient in gradients.items()}
-        fast = {name: value - rates(name, step, count) * gradients[name] for name, value in fast.items()}
+        gradients = torch.autograd.grad(
+            history,
+            fast.values(),
+            slope * share,
+            retain_graph=train,
+            create_graph=train and second_order,
+            materialize_grads=True,
+        )
+        fast = {
+            name: value - rates(name, step, spread(count, value, 0)) * gradient
+            for (name, value), gradient in zip(fast.items(), gradients, strict=True)
+        }
         queries.append(query)
         histories.append(history)
-    return fast, torch.stack([*queries, predict(fast)[1]]), histories
+    last = predict(fast, history_alone(tasks) if states is None else tasks)[1]
+    return fast, torch.stack([*queries, last], 1), histories
+
+
+def start(learner, tables, options):
+    """The parameters that the inner steps move as they are before the first, for each task: {name: (T, ...)}."""
+    n_tasks, fast = len(next(iter(tables.values()))), {}
+    for name in adapted_names(learner, options):
+        value = learner.get_parameter(name)
+        fast[name] = tables[name] if name in tables else value.expand(n_tasks, *value.shape)
+    return fast
+
+
+def history_alone(tasks):
+    """The tasks without the rows that their queries do not read."""
+    names = ("items", "ratings", "segment", "position", "known", "support")
+    return tasks._replace(**{name: getattr(tasks, name)[:, :1] for name in names})
 
 
 def position_weights(network, step, history, tasks):
@@ -169,24 +195,18 @@ class MetaLearner(nn.Module):
 
     def forward(self, tasks, second_order=False):
         """Standardised query predictions after 0..K inner steps, all tasks at once: (T, K + 1, Q)."""
-
-        def one(task, rows):
-            return adapt(self.learner, self.loss_network, self.rates, task, rows, self.options, second_order)[0]
-
-        return vmap(one)(tasks, look_up(self.learner, tasks, self.options.sparse_items))
+        rows = look_up(self.learner, tasks, self.options.sparse_items)
+        return adapt(self.learner, self.loss_network, self.rates, tasks, rows, self.options, second_order)[0]
 
     def explain(self, tasks):
         """Query predictions as `forward` gives them, and the weight of each support rating at each step (T, K, R, S).
 
         A weight is the slope of the rating's loss over that of the squared error: 1 everywhere without loss network.
         """
-
-        def one(task, rows):
-            queries, histories = adapt(self.learner, self.loss_network, self.rates, task, rows, self.options, False)
-            weights = [position_weights(self.loss_network, step, h, task) for step, h in enumerate(histories)]
-            return queries, torch.stack(weights) if weights else task.ratings[None][:0]
-
-        return vmap(one)(tasks, look_up(self.learner, tasks))
+        rows = look_up(self.learner, tasks)
+        queries, histories = adapt(self.learner, self.loss_network, self.rates, tasks, rows, self.options, False)
+        weights = [position_weights(self.loss_network, step, h, tasks) for step, h in enumerate(histories)]
+        return queries, torch.stack(weights, 1) if weights else tasks.ratings[:, None][:, :0]
 
     def to_rating(self, standardised):
         """Standardised predictions on the data's own scale, clipped to it, as float64."""

@@ -246,7 +246,7 @@ def add_outer_options(parser):
     add = group(parser, "outer loop")
     add("num_train_iterations", 300, count(0), "meta-iterations")
     add("batch_size", 128, count(1), "tasks an iteration")
-    add("task_chunk", 0, count(0), "tasks held in memory at once; 0 = all")
+    add("task_chunk", 0, count(0), "tasks held in memory at once; 0 = as many as the cache holds")
     add("outer_lr", 3e-3, real(1e-9, 1e30), "learning rate of the learner, falling as a cosine")
     add("min_outer_lr", 1e-4, real(0, 1e30), "its end; all other rates fall in proportion")
     add("embedding_lr", 3e-4, real(0, 1e30), "learning rate of the encoder's item embeddings")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 
 import dataloader
 import maml
@@ -187,12 +187,10 @@ class Recommender:
         """(tasks, {name: adapted parameter (T, ...)}) of at least one user."""
         system = self._thread_system()
 
-        def one(task, rows):
-            parts = system.learner, system.loss_network, system.rates
-            return maml.inner_loop(*parts, task, rows, system.options, False)[0]
-
         tasks = self._tasks(supports, np.zeros((len(supports), 1), np.int64))
-        return tasks, vmap(one)(tasks, maml.look_up(system.learner, tasks))
+        rows = maml.look_up(system.learner, tasks)
+        parts = system.learner, system.loss_network, system.rates
+        return tasks, maml.inner_loop(*parts, tasks, rows, system.options, False)[0]
 
     @torch.no_grad()
     def _score(self, tasks, fast, items=None):
@@ -203,17 +201,19 @@ class Recommender:
         learner = self._thread_system().learner
         tables = {name: learner.get_parameter(name) for name in learner.table_names()}
 
-        def one(task, fast, items):
-            rows = {name: moved(table, task, fast.get(name)) for name, table in tables.items()}
+        def score(tasks, fast, items):
+            rows = {name: moved(table, tasks, fast.get(name)) for name, table in tables.items()}
             weights = {name: value for name, value in fast.items() if name not in tables}
-            task = task._replace(items=task.table[task.items], query_items=items)
-            return functional_call(learner, weights, (task, rows))[1]
+            numbers = tasks.table.gather(1, tasks.items.flatten(1)).view_as(tasks.items)
+            tasks = maml.history_alone(tasks._replace(items=numbers, query_items=items))
+            return functional_call(learner, weights, (tasks, rows))[1]
 
         if items is not None:
-            return vmap(one)(tasks, fast, items)
-        everything = torch.arange(1, len(self.item_ids) + 1, device=self.device)
+            return score(tasks, fast, items)
+        everything = torch.arange(1, len(self.item_ids) + 1, device=self.device)[None]
         # One after the other: a catalogue's states just fill the processor's cache.
-        return torch.stack([one(cut(tasks, i), cut(fast, i), everything) for i in range(len(tasks.table))])
+        alone = [slice(i, i + 1) for i in range(len(tasks.table))]
+        return torch.cat([score(cut(tasks, one), cut(fast, one), everything) for one in alone])
 
     def _scores(self, supports, numbers=None):
         """(number of the first user, `_score` (T, Q)) for a few users after the other; see SCORED_AT_ONCE."""
@@ -281,9 +281,12 @@ def cut(batch, part):
     return dataloader.Tasks(*(tensor[part] for tensor in batch))
 
 
-def moved(table, task, rows):
-    """An item table (n + 1, width) with a task's adapted `rows` in their places; None: none were adapted."""
-    return table if rows is None else table.index_copy(0, task.table, rows)
+def moved(table, tasks, rows):
+    """An item table (n + 1, width), or each task's own (T, n + 1, width) with its adapted `rows` in their places."""
+    if rows is None:
+        return table
+    place = tasks.table[..., None].expand_as(rows)
+    return table.expand(len(rows), *table.shape).scatter(1, place, rows)
 
 
 def padded(numbers):

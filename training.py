@@ -91,9 +91,10 @@ class Scored(NamedTuple):
 @torch.no_grad()
 def predict(system, tasks):
     """Predicted ratings (T, K + 1) of each task's single query after 0..K inner steps, float64 on the data's scale."""
-    chunk = system.options.task_chunk or 256
-    parts = [system(move(tasks, system, i, i + chunk))[..., 0] for i in range(0, len(tasks.table), chunk)]
-    return system.to_rating(torch.cat(parts)).cpu().numpy()
+    found = np.empty((len(tasks.table), system.options.num_inner_steps + 1))
+    for numbers, part in dataloader.by_size(tasks, system.options.task_chunk, system.scale.is_cuda):
+        found[numbers] = system.to_rating(system(move(part, system))[..., 0]).cpu().numpy()
+    return found
 
 
 def move(tasks, system, first=None, end=None):
@@ -165,9 +166,7 @@ def train_step(system, optimizer, tasks, options, iteration):
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros(options.num_inner_steps + 1, device=system.scale.device)
     absolute = total.new_zeros(())
-    chunk = options.task_chunk or len(tasks.table)
-    for i in range(0, len(tasks.table), chunk):
-        part = dataloader.Tasks(*(tensor[i : i + chunk] for tensor in tasks))
+    for _, part in dataloader.by_size(tasks, options.task_chunk, system.scale.is_cuda):
         predictions = system(part, options.use_second_order)
         losses = maml.query_losses(predictions, part).sum(0) / len(tasks.table)
         (losses * weights).sum().backward()

@@ -1,9 +1,9 @@
 """BERT4Rec (Sun et al., CIKM 2019): a bidirectional transformer over the user's items."""
 
-import torch.nn.functional as F
 from torch import nn
 
-from models.layers import Attention, Norm, history_mask, query_mask
+from models.kernels import Gelu
+from models.layers import Attention, Linear, Norm, history_mask, look_up, query_mask, spread
 
 
 class BERT4Rec(nn.Module):
@@ -26,8 +26,8 @@ class BERT4Rec(nn.Module):
 
     def forward(self, history, query, tasks):
         """history (R, S, D), query (Q, D) -> states of the same shapes."""
-        history = self.norm(history + self.position(tasks.position))
-        query = self.norm(query + self.position.weight[0])
+        history = self.norm(history + look_up(self.position.weight, tasks.position))
+        query = self.norm(query + spread(self.position.weight[..., 0, :], query))
         masks = history_mask(tasks, causal=False), query_mask(tasks)
         for block in self.blocks:
             history, query = block(history, query, *masks)
@@ -40,12 +40,12 @@ class BERTBlock(nn.Module):
     def __init__(self, hidden, heads):
         super().__init__()
         self.attention = Attention(hidden, heads)
-        self.widen, self.narrow = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
+        self.widen, self.narrow = Linear(hidden, 4 * hidden), Linear(4 * hidden, hidden)
         self.norm1, self.norm2 = Norm(hidden), Norm(hidden)
 
     def feed(self, x, attended):
         x = self.norm1(x + attended)
-        return self.norm2(x + self.narrow(F.gelu(self.widen(x))))
+        return self.norm2(x + self.narrow(Gelu.apply(self.widen(x))))
 
     def forward(self, history, query, mask, to_history):
         to_h, to_q = self.attention(history, query, mask, to_history)

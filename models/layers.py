@@ -1,28 +1,30 @@
-"""Building blocks that the learners share. Everything works under `torch.func.vmap` and has second derivatives.
+"""Building blocks that the learners share. Everything has second derivatives.
 
 Learners see two streams: histories (R, S, D), rows of one task's support windows, and queries (Q, D), candidate
 next items. A query reads the history in row 0 and itself; nothing reads a query. So a prediction depends neither
 on the other queries nor on their number, and a whole catalogue is scored in one pass.
+
+All this holds for one task or, with a dimension T in front of every shape, for T tasks at once, each with parameters
+of its own (T, ...) where it has been adapted: the inner loop of all tasks is one computation.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.kernels import GRUScan, Standardise
+
 
 def history_mask(tasks, causal):
     """Which position (columns) each position (rows) may read: its own window, up to itself if causal. (R, S, S)"""
     same = tasks.segment[..., :, None] == tasks.segment[..., None, :]
     mask = same & (tasks.segment > 0)[..., None, :]
-    if causal:
-        steps = torch.arange(mask.shape[-1], device=mask.device)
-        mask = mask & (steps[:, None] >= steps)
-    return mask
+    return mask.tril() if causal else mask
 
 
 def query_mask(tasks):
     """Which positions of row 0 the queries may read. (S,)"""
-    return torch.arange(tasks.items.shape[-1], device=tasks.items.device) <= tasks.query_last
+    return torch.arange(tasks.items.shape[-1], device=tasks.items.device) <= tasks.query_last[..., None]
 
 
 def masked_softmax(scores, mask):
@@ -35,14 +37,37 @@ def hide(mask, dtype):
     return (~mask).to(dtype) * torch.finfo(dtype).min
 
 
-class Norm(nn.LayerNorm):
-    """torch's layer norm, written out: under vmap, with weights of each task's own, torch's has a wrong second
-    derivative (2.13) and takes twice as long."""
+def spread(parameter, like, dims=1):
+    """A parameter of `dims` dimensions, or one for each task, so that it broadcasts against `like`."""
+    if parameter.dim() == dims:
+        return parameter
+    return parameter.reshape(len(parameter), *(1,) * (like.dim() - dims - 1), *parameter.shape[1:])
+
+
+def look_up(table, places):
+    """Rows (..., D) of a table (U, D) or of one for each task (T, U, D) at places of the shape (...) or (T, ...)."""
+    if table.dim() == 2:
+        return F.embedding(places, table)
+    first = torch.arange(len(table), device=places.device) * table.shape[1]
+    return F.embedding(places + spread(first, places, 0), table.flatten(0, 1))
+
+
+class Linear(nn.Linear):
+    """A linear layer whose weights may be each task's own."""
 
     def forward(self, x):
-        centred = x - x.mean(-1, keepdim=True)
-        scale = (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return centred * scale * self.weight + self.bias
+        if self.weight.dim() == 2:
+            return super().forward(x)
+        weight, flat = self.weight.transpose(-1, -2), x.flatten(1, -2)
+        out = flat @ weight if self.bias is None else torch.baddbmm(self.bias[:, None], flat, weight)
+        return out.view(*x.shape[:-1], -1)
+
+
+class Norm(nn.LayerNorm):
+    """torch's layer norm, its weights perhaps each task's own."""
+
+    def forward(self, x):
+        return Standardise.apply(x, self.eps) * spread(self.weight, x) + spread(self.bias, x)
 
 
 class Attention(nn.Module):
@@ -54,8 +79,8 @@ class Attention(nn.Module):
     def __init__(self, hidden, heads):
         super().__init__()
         self.heads = heads
-        self.project_in = nn.Linear(hidden, 3 * hidden)
-        self.project_out = nn.Linear(hidden, hidden)
+        self.project_in = Linear(hidden, 3 * hidden)
+        self.project_out = Linear(hidden, hidden)
 
     def split(self, x):
         """Queries, scaled, keys and values by head, each (..., heads, N, D / heads)."""
@@ -66,13 +91,15 @@ class Attention(nn.Module):
     def forward(self, history, query, mask, to_history):
         """history (R, S, D), query (Q, D), mask (R, S, S), to_history (S,) -> the same two shapes."""
         q, k, v = self.split(history)  # (R, H, S, d)
-        weights = masked_softmax(q @ k.transpose(-1, -2), mask[:, None])
+        weights = masked_softmax(q @ k.transpose(-1, -2), mask[..., None, :, :])
         history = (weights @ v).transpose(-2, -3).flatten(-2)
 
+        k, v = k.select(-4, 0), v.select(-4, 0)
         q, own_k, own_v = self.split(query)  # (H, Q, d)
-        scores = torch.cat([q @ k[0].transpose(-1, -2), (q * own_k).sum(-1, keepdim=True)], -1)
-        weights = (scores + hide(F.pad(to_history, (0, 1), value=True), scores.dtype)).softmax(-1)
-        query = (weights[..., :-1] @ v[0] + weights[..., -1:] * own_v).transpose(-2, -3).flatten(-2)
+        scores = torch.cat([q @ k.transpose(-1, -2), (q * own_k).sum(-1, keepdim=True)], -1)
+        seen = F.pad(to_history, (0, 1), value=True)[..., None, None, :]
+        weights = (scores + hide(seen, scores.dtype)).softmax(-1)
+        query = (weights[..., :-1] @ v + weights[..., -1:] * own_v).transpose(-2, -3).flatten(-2)
         return self.project_out(history), self.project_out(query)
 
 
@@ -85,8 +112,8 @@ class GRU(nn.Module):
 
     def __init__(self, inputs, hidden):
         super().__init__()
-        self.input = nn.Linear(inputs, 3 * hidden)
-        self.state = nn.Linear(hidden, 3 * hidden)
+        self.input = Linear(inputs, 3 * hidden)
+        self.state = Linear(hidden, 3 * hidden)
         bound = hidden**-0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
@@ -101,15 +128,12 @@ class GRU(nn.Module):
 
     def forward(self, history, query, tasks):
         """history (R, S, I), query (Q, I) -> states (R, S, D) and (Q, D); a query is one step after row 0's history."""
-        gates = self.input(history)
-        state = gates.new_zeros(gates.shape[:-2] + (gates.shape[-1] // 3,))
-        states = []
-        # unbind, not indexing: its gradient is one stack, not a sum of arrays of zeros with one step filled in.
-        for step_gates, goes_on in zip(gates.unbind(-2), continues(tasks)[..., None].unbind(-2), strict=True):
-            state = self.step(step_gates, state * goes_on)
-            states.append(state)
-        states = torch.stack(states, -2)
-        last = last_state(states, tasks).expand(query.shape[:-1] + (states.shape[-1],))
+        gates, goes_on = self.input(history), continues(tasks)
+        if self.state.weight.dim() == 2:  # one set of weights: the rows of all tasks are rows alike
+            gates, goes_on = gates.flatten(0, -3), goes_on.flatten(0, -2)
+        states = GRUScan.apply(gates, goes_on, self.state.weight, self.state.bias)
+        states = states.view(*history.shape[:-1], -1)
+        last = last_state(states, tasks)[..., None, :].expand(*query.shape[:-1], -1)
         return states, self.step(self.input(query), last)
 
 
@@ -128,5 +152,5 @@ def continues(tasks):
 
 def last_state(states, tasks):
     """The state (D,) at the end of the queries' history, zero where there is none. states (R, S, D)"""
-    at_last = torch.arange(states.shape[-2], device=states.device) == tasks.query_last
-    return (states[0] * at_last[:, None]).sum(-2)
+    at_last = torch.arange(states.shape[-2], device=states.device) == tasks.query_last[..., None]
+    return (states.select(-3, 0) * at_last[..., None]).sum(-2)

@@ -6,7 +6,7 @@ from torch import nn
 
 from models.bert4rec import BERT4Rec
 from models.gru4rec import GRU4Rec
-from models.layers import last_state
+from models.layers import Linear, last_state, look_up, spread
 from models.narm import NARM
 from models.sasrec import SASRec
 
@@ -17,7 +17,7 @@ TABLES = ("item_embedding", "item_effect", "item_factor")  # one row an item; ro
 class Learner(nn.Module):
     """Items (and ratings, with `use_rating_input`) in, one standardised rating per position out.
 
-    A position's own rating never reaches its prediction.
+    A position's own rating never reaches its prediction. One task or, with a dimension in front, many (see layers.py).
     """
 
     def __init__(self, n_items, options):
@@ -46,8 +46,8 @@ class Learner(nn.Module):
 
     def encode(self, tasks, tables):
         """States of one task's positions (R, S, D) and queries (Q, D), without what the head adapts."""
-        history = F.embedding(tasks.items, tables["item_embedding"])
-        query = F.embedding(tasks.query_items, tables["item_embedding"])
+        history = look_up(tables["item_embedding"], tasks.items)
+        query = look_up(tables["item_embedding"], tasks.query_items)
         if self.read_rating is not None:
             history, query = self.read_rating(history, query, tasks, self.encoder.causal)
         return self.encoder(history, query, tasks)
@@ -70,8 +70,8 @@ class ReadRating(nn.Module):
 
     def __init__(self, hidden):
         super().__init__()
-        self.by_item = nn.Linear(hidden, hidden, bias=False)
-        self.by_value = nn.Linear(2, hidden)
+        self.by_item = Linear(hidden, hidden, bias=False)
+        self.by_value = Linear(2, hidden)
 
     def forward(self, history, query, tasks, causal):
         values = torch.stack([tasks.ratings, torch.ones_like(tasks.ratings)], -1)
@@ -80,7 +80,7 @@ class ReadRating(nn.Module):
         if not causal:
             return history + rated, query
         same = (tasks.segment[..., 1:] == tasks.segment[..., :-1])[..., None]
-        return history + F.pad(rated[..., :-1, :] * same, (0, 0, 1, 0)), query + last_state(rated, tasks)
+        return history + F.pad(rated[..., :-1, :] * same, (0, 0, 1, 0)), query + last_state(rated, tasks)[..., None, :]
 
 
 class JointHead(nn.Module):
@@ -96,14 +96,14 @@ class JointHead(nn.Module):
         self.user_bias = nn.Parameter(torch.zeros(()))
         self.user_vector = nn.Parameter(torch.zeros(factors))
         self.state_weight = nn.Parameter(torch.zeros(hidden))
-        self.to_vector = nn.Linear(hidden, factors, bias=False)
+        self.to_vector = Linear(hidden, factors, bias=False)
         nn.init.zeros_(self.to_vector.weight)
 
     def forward(self, state, items, tables):
-        effect = F.embedding(items, tables["item_effect"])[..., 0]
-        factor = F.embedding(items, tables["item_factor"])
-        vector = self.user_vector + self.to_vector(state)
-        return effect + self.user_bias + (factor * vector).sum(-1) + state @ self.state_weight
+        effect = look_up(tables["item_effect"], items)[..., 0]
+        factor = look_up(tables["item_factor"], items)
+        vector = spread(self.user_vector, state) + self.to_vector(state)
+        return effect + spread(self.user_bias, effect, 0) + (factor * vector).sum(-1) + dot(state, self.state_weight)
 
 
 class PlainHead(nn.Module):
@@ -117,4 +117,11 @@ class PlainHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, state, items, tables):
-        return state @ self.weight + self.bias
+        return dot(state, self.weight) + spread(self.bias, state[..., 0], 0)
+
+
+def dot(state, weight):
+    """Inner products of states (..., D) with a weight (D,), or of each task's states with its own (T, D)."""
+    if weight.dim() == 1:
+        return state @ weight
+    return (state.flatten(1, -2) @ weight[..., None]).view(state.shape[:-1])

@@ -6,6 +6,8 @@ and have mean 1 over the task's support positions, so that weighting is not conf
 gives the identity weighting.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,20 +31,25 @@ def build(options, scale):
 
 
 def user_statistics(tasks):
-    """Mean and deviation of the user's support ratings and their number, as scalars."""
+    """Mean and deviation of the user's support ratings and their number, each (1, 1)."""
     counted = tasks.support.to(tasks.ratings.dtype)
-    total = counted.sum().clamp_min(1)
-    mean = (tasks.ratings * counted).sum() / total
-    std = ((tasks.ratings - mean).square() * counted).sum().div(total).add(1e-6).sqrt()
-    return mean, std, (tasks.query_last + 1).to(mean.dtype)
+    total = over_task(counted).clamp_min(1)
+    mean = over_task(tasks.ratings * counted) / total
+    std = over_task((tasks.ratings - mean).square() * counted).div(total).add(1e-6).sqrt()
+    return mean, std, (tasks.query_last + 1).to(mean.dtype)[..., None, None]
+
+
+def over_task(values):
+    """Sum of a task's values (R, S) as (1, 1)."""
+    return values.sum((-2, -1), keepdim=True)
 
 
 def normalise(log_weight, support):
     """exp(log_weight) scaled to mean 1 over the support positions, 0 elsewhere."""
     log_weight = log_weight.masked_fill(~support, -torch.inf)
-    top = log_weight.amax().clamp_min(torch.finfo(log_weight.dtype).min).detach()
+    top = log_weight.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(log_weight.dtype).min).detach()
     weight = (log_weight - top).exp()
-    return weight * support.sum() / weight.sum().clamp_min(1e-12)
+    return weight * over_task(support) / over_task(weight).clamp_min(1e-12)
 
 
 def task_features(tasks, prediction, options):
@@ -178,11 +185,12 @@ class MetaLoss(nn.Module):
         step = min(step, len(self.phi) - 1)
         features = task_features(tasks, prediction, self.options)
         counted = tasks.support[..., None].to(features.dtype)
-        state = (features * counted).sum((0, 1)) / counted.sum().clamp_min(1)
-        gamma, beta = self.shift[step](state).chunk(2)
+        state = (features * counted).sum((-3, -2)) / counted.sum((-3, -2)).clamp_min(1)
+        gamma, beta = (shift.unbind(-2) for shift in self.shift[step](state)[..., None].chunk(2, -2))
         m, q = self.gates[step]
         parts = self.phi[step].split(self.sizes)
         first, bias, second, last = ((1 + m * g) * part + q * b for part, g, b in zip(parts, gamma, beta, strict=True))
-        inside = torch.tanh(features @ first.view(-1, self.hidden) + bias)
-        learned = F.softplus(inside @ second + last) - F.softplus(torch.zeros_like(last))
+        first = first.unflatten(-1, (-1, self.hidden))[..., None, :, :]
+        inside = torch.tanh(features @ first + bias[..., None, None, :])
+        learned = F.softplus((inside * second[..., None, None, :]).sum(-1) + last[..., None]) - math.log(2)
         return ((prediction - tasks.ratings).square() + learned) * tasks.support

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models.layers import GRU, Norm, history_mask, query_mask, run_layers
+from models.layers import GRU, Linear, Norm, history_mask, query_mask, run_layers
 
 
 class NARM(nn.Module):
@@ -19,9 +19,9 @@ class NARM(nn.Module):
         self.hidden = hidden = options.narm_hidden_size
         self.globals = nn.ModuleList(GRU(hidden, hidden) for _ in range(options.narm_n_layers))
         self.locals = nn.ModuleList(GRU(hidden, hidden) for _ in range(options.narm_n_layers))
-        self.at_target, self.at_past = nn.Linear(hidden, hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
-        self.similarity = nn.Linear(hidden, 1, bias=False)
-        self.decode = nn.Linear(2 * hidden, hidden, bias=False)
+        self.at_target, self.at_past = Linear(hidden, hidden, bias=False), Linear(hidden, hidden, bias=False)
+        self.similarity = Linear(hidden, 1, bias=False)
+        self.decode = Linear(2 * hidden, hidden, bias=False)
         self.norm = Norm(hidden)
 
     def weights(self, target, past):
@@ -37,9 +37,9 @@ class NARM(nn.Module):
         summed_h = a @ local_h
 
         target = self.at_target(local_q)
-        a = self.weights(target, past[0]) * query_mask(tasks)
+        a = self.weights(target, past.select(-3, 0)) * query_mask(tasks)[..., None, :]
         own = self.similarity(torch.sigmoid(target + self.at_past(local_q)))
-        summed_q = a @ local_h[0] + own * local_q
+        summed_q = a @ local_h.select(-3, 0) + own * local_q
         return (
             self.norm(self.decode(torch.cat([global_h, summed_h], -1))),
             self.norm(self.decode(torch.cat([global_q, summed_q], -1))),

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers import Attention, Norm, history_mask, query_mask
+from models.layers import Attention, Linear, Norm, history_mask, look_up, query_mask, spread
 
 
 class SASRec(nn.Module):
@@ -23,8 +23,8 @@ class SASRec(nn.Module):
 
     def forward(self, history, query, tasks):
         """history (R, S, D), query (Q, D) -> states of the same shapes."""
-        history = history + self.position(tasks.position)
-        query = query + self.position.weight[0]
+        history = history + look_up(self.position.weight, tasks.position)
+        query = query + spread(self.position.weight[..., 0, :], query)
         masks = history_mask(tasks, causal=True), query_mask(tasks)
         for block in self.blocks:
             history, query = block(history, query, *masks)
@@ -37,7 +37,7 @@ class SASBlock(nn.Module):
     def __init__(self, hidden, heads):
         super().__init__()
         self.attention = Attention(hidden, heads)
-        self.first, self.second = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
+        self.first, self.second = Linear(hidden, hidden), Linear(hidden, hidden)
         self.norm1, self.norm2 = Norm(hidden), Norm(hidden)
 
     def feed(self, x, attended):

@@ -111,7 +111,7 @@ def test_packing_never_overlaps_or_runs_over():
     rng, width = np.random.RandomState(0), 12
     length = rng.randint(0, width + 1, (50, 9))
     length[:, 0] = width
-    rows, columns = dataloader.pack(length, width)
+    rows, columns = dataloader.pack(length, np.full(len(length), width))
     for lengths, row, column in zip(length, rows, columns, strict=True):
         taken = np.zeros((9, width), int)
         for window in np.flatnonzero(lengths):
@@ -126,7 +126,7 @@ def test_packing_never_overlaps_or_runs_over():
 
 def test_query_history_is_alone_at_the_start_of_row_zero():
     length = np.array([[4, 3, 3, 1], [0, 0, 0, 0], [6, 2, 2, 2]])
-    row, column = dataloader.pack(length, 6)
+    row, column = dataloader.pack(length, np.full(len(length), 6))
     assert not row[:, 0].any() and not column[:, 0].any()
 
 
