@@ -9,7 +9,6 @@ gives up leaves word in the store that all are connected to.
 import contextlib
 import os
 import re
-import sys
 import threading
 import time
 import traceback
@@ -25,7 +24,7 @@ from utils import UserError
 SILENCE = 45.0  # seconds without a sign of life after which a process counts as lost
 MEETING = timedelta(minutes=5)  # how long one waits for the others at the beginning
 PATIENCE = timedelta(hours=12)  # and later for one that lives: it reads or saves
-LAST_WORDS = 20.0  # seconds that process 0 has to write what it is writing when another has given up
+LAST_WORDS = 10.0  # seconds that process 0 has to write what it is writing when another has given up
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
@@ -37,6 +36,7 @@ class Place(NamedTuple):
     local_rank: int = 0
     machine: int = 0
     store: dist.Store | None = None  # small values that all processes see
+    voice: int = 2  # the descriptor that it says its last words to
 
 
 class Ended(Exception):
@@ -77,12 +77,13 @@ def run_script(main):
 def run_together(main):
     """Run `main()` as one process of several; the exit status."""
     join()
+    if not is_first():
+        be_quiet()
     done = threading.Event()
     watching = threading.Thread(target=watch, args=(done,), daemon=True)
     watching.start()
     try:
-        with quiet(not is_first()):
-            status = main()
+        status = main()
     except UserError as error:
         status = end(2, f"error: {error}")
     except KeyboardInterrupt:
@@ -124,31 +125,32 @@ def first_line(error):
     return re.sub(r"^\[[^]]*\] ", "", str(error).strip()).split("\n")[0].split(". ")[0][:150]
 
 
-@contextlib.contextmanager
-def quiet(wanted):
-    """Let nothing be printed inside, where wanted."""
-    if not wanted:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
+def be_quiet():
+    """Print nothing from here on but what `end` says; torch's own code, too, complains when a connection ends."""
+    global place
+    place = place._replace(voice=os.dup(2))
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
 
 
-def end(status, words):
+def end(status, words, store=None):
     """Say why the run ends, unless another process has said so before; the exit status of the one that did."""
     mine = f"{place.rank} {status}"
     try:
-        said = place.store.compare_set("end", "", mine).decode()
+        said = (store or place.store).compare_set("end", "", mine).decode()
     except RuntimeError:  # the store is gone: nobody can be asked
         said = mine
     if said == mine:
-        print(words.rstrip(), file=sys.__stderr__, flush=True)
+        with contextlib.suppress(OSError):
+            os.write(place.voice, f"{words.rstrip()}\n".encode())
     return int(said.split()[1])
 
 
 def watch(done):
     """Say every second that this process lives, until it is `done`; end it where another has ended or is lost."""
-    store, keys = place.store.clone(), [f"alive/{other}" for other in range(place.count)]
+    store = place.store.clone()  # a connection of its own: the other may be waiting
+    keys = [f"alive/{other}" for other in range(place.count)]
     heard = dict.fromkeys(range(place.count), ("", time.monotonic()))  # last sign of life, and when it was new
     beat = 0
     while not done.wait(1):
@@ -157,19 +159,19 @@ def watch(done):
             store.set(keys[place.rank], str(beat))
             signs, over = store.multi_get(keys), store.check(["end"])
         except RuntimeError:
-            if not done.wait(5):  # whoever waits for process 0 or the launcher has noticed by then
-                os._exit(end(1, "error: process 0 has ended, or the connection to its machine is lost"))
+            if not done.wait(5):  # whoever computes with process 0 has noticed by then
+                os._exit(end(1, f"error: {lost('process 0 has ended, or its machine is lost')}", store))
             return
         if over:
             done.wait(LAST_WORDS if is_first() else 1)
             store.set(keys[place.rank], "left")
-            os._exit(end(1, ""))
+            os._exit(end(1, "", store))
         for other, sign in enumerate(signs):
             if sign != heard[other][0]:
                 heard[other] = sign, time.monotonic()
             elif sign != b"left" and time.monotonic() - heard[other][1] > SILENCE:
                 what = f"process {other} of {place.count} has been silent for {SILENCE:g} s"
-                os._exit(end(1, f"error: {lost(what)}"))
+                os._exit(end(1, f"error: {lost(what)}", store))
 
 
 def lost(what):
@@ -182,7 +184,7 @@ def leave(status):
         place.store.set(f"alive/{place.rank}", "left")
         keys = [f"alive/{other}" for other in range(place.count)]
         if is_first() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            until = time.monotonic() + 10
+            until = time.monotonic() + 4  # a lost one will not come
             while time.monotonic() < until and set(place.store.multi_get(keys)) != {b"left"}:
                 time.sleep(0.05)
     if status == 0 and dist.is_initialized():

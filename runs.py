@@ -625,7 +625,6 @@ class Interruption:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or int(number)
-        if processes.is_first():
-            # os.write, because print may not be entered again from a handler.
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping after this iteration (Ctrl-C again: at once)\n")
+        # os.write, because print may not be entered again from a handler.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this iteration (Ctrl-C again: at once)\n")
