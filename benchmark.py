@@ -3,6 +3,8 @@
     python benchmark.py                                    # every section, on synthetic ratings
     python benchmark.py --only learners eval --threads=2   # some sections
     python benchmark.py --only accuracy --data_path=FILE   # time to the damped means' error, on real ratings
+    python benchmark.py --only data --many_rows=25000000   # a file of ML-25M's size too: 3 minutes, 1 GB of disk
+    python benchmark.py --only processes scaling           # two processes; slopes for docs/SCALING.md
     python benchmark.py --json > figures.json              # for machines
 
 Options of main.py (--bert_hidden_units=64, --model=narm, ...) hold for all sections. Form "paper" is
@@ -14,8 +16,10 @@ import contextlib
 import copy
 import json
 import multiprocessing
+import os
 import platform
 import resource
+import socket
 import statistics
 import sys
 import tempfile
@@ -26,13 +30,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.func import functional_call
+from torch.optim.swa_utils import AveragedModel
 from torch.profiler import ProfilerActivity, profile
 
 import baselines
 import dataloader
+import factor_analysis
 import maml
 import metrics
 import options as option_module
+import processes
+import runs
 import training
 from optimizer import RowAdamW
 from utils import choose_device, random_stream, run_script
@@ -319,12 +327,12 @@ def write_ratings(path, n_rows, mode, chunk=1_000_000):
 
 
 def measure_reading(bench, path, mode):
-    """In a fresh process: (seconds from a file to ready splits, MB that took)."""
+    """In a fresh process: (seconds from a file to ready splits, those of processors, MB that took)."""
     options = settings("default", bench, f"--data_path={path}", f"--mode={mode}", f"--cache_dir={path.parent}")
-    before, begin = peak_memory(bench), time.perf_counter()
+    before, begin, cpu = peak_memory(bench), time.perf_counter(), time.process_time()
     with contextlib.redirect_stdout(sys.stderr):
         training.load_problem(options)
-    return time.perf_counter() - begin, peak_memory(bench) - before
+    return time.perf_counter() - begin, time.process_time() - cpu, peak_memory(bench) - before
 
 
 def bench_data(bench):
@@ -337,9 +345,10 @@ def bench_data(bench):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / ("ratings.dat" if mode == "ml-1m" else "ratings.csv")
             write_ratings(path, n_rows, mode)
-            first, used = apart(measure_reading, bench, path, mode)
-            again, _ = apart(measure_reading, bench, path, mode)
+            first, work, used = apart(measure_reading, bench, path, mode)
+            again, _, _ = apart(measure_reading, bench, path, mode)
         rows.append(row(f"{n_rows:,} rows of {mode}: first reading", first, "s", at_most=seconds))
+        rows.append(row(f"{n_rows:,} rows of {mode}: the same, processor time", work, "s"))
         rows.append(row(f"{n_rows:,} rows of {mode}: from the cache", again, "s"))
         rows.append(row(f"{n_rows:,} rows of {mode}: memory", used, "MB", at_most=memory))
     sequences = synthetic()
@@ -447,6 +456,152 @@ def train_to(goal, problem, options, bench):
     return {reached: (time.perf_counter() - begin, "s"), **figures}
 
 
+# -----------------------------------------------------------------------------
+# several processes
+
+
+def together(count, function, *arguments):
+    """What a function gives in each of `count` fresh processes that are connected, in their order."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        done = [pool.submit(as_process, rank, count, port, function, *arguments) for rank in range(count)]
+        return [each.result() for each in done]
+
+
+def as_process(rank, count, port, function, *arguments):
+    """Be process `rank` of `count`, and do the work."""
+    if count > 1:
+        os.environ.update(RANK=f"{rank}", WORLD_SIZE=f"{count}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+        processes.join()
+        processes.connect(torch.device("cpu"))
+    return function(*arguments)
+
+
+def measure_steps(bench, form, count, double=False):
+    """Take `count` outer steps on the CPU: (median wall seconds and mean CPU seconds of one, all parameters (n,))."""
+    set_up(bench)
+    options = settings(form, bench, f"--model={bench.models[0]}")
+    system, sequences = build(options, bench), synthetic()
+    system = system.double() if double else system
+    optimizer = RowAdamW(training.parameter_groups(system, options))
+    users, times = np.arange(len(sequences.offsets) - 1), []
+    cpu = time.process_time()
+    for iteration in range(count):
+        begin = time.perf_counter()
+        tasks = dataloader.sample_tasks(sequences, users, options, iteration)
+        if double:
+            tasks = tasks._replace(ratings=tasks.ratings.double(), query_ratings=tasks.query_ratings.double())
+        training.train_step(system, optimizer, tasks, options, iteration)
+        times.append(time.perf_counter() - begin)
+    cpu = (time.process_time() - cpu) / count
+    return statistics.median(times), cpu, torch.cat([p.detach().flatten() for p in system.parameters()]).numpy()
+
+
+def bench_processes(bench):
+    """Outer steps of one process and of two, on the CPU with --threads each, sampling included."""
+    bench, rows = argparse.Namespace(**{**vars(bench), "device": torch.device("cpu")}), []
+    for form in FORMS:
+        runs_of = {count: [] for count in (1, 2)}
+        for _ in range(bench.reps):
+            for count, found in runs_of.items():
+                found.append(together(count, measure_steps, bench, form, bench.steps))
+        one, two = (statistics.median(rep[0][0] for rep in found) for found in runs_of.values())
+        work = [statistics.median(max(each[1] for each in rep) for rep in found) for found in runs_of.values()]
+        batch = settings(form, bench).batch_size
+        rows.append(row(f"{form}: one process", batch / one, "tasks/s"))
+        rows.append(row(f"{form}: two processes", batch / two, "tasks/s"))
+        rows.append(row(f"{form}: two over one", one / two, "x", at_least=1.6))
+        rows.append(row(f"{form}: the same, by processor time", work[0] / work[1], "x"))
+        for double in (True, False):
+            first, second = (together(count, measure_steps, bench, form, 20, double)[0][2] for count in (1, 2))
+            name = f"{form}: parameters differ by, {'double' if double else 'single'} precision"
+            rows.append(row(name, float(abs(first - second).max()), "", at_most=1e-6 if double else None))
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# slopes for docs/SCALING.md
+
+
+def resident():
+    """Memory that this process holds now, in MB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+
+
+def measure_ratings(bench, n_rows):
+    """In a fresh process: what reading a file of ratings and starting from it takes, seconds, MB and bytes."""
+    set_up(bench)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ratings.csv"
+        write_ratings(path, n_rows, "ml-25m")
+        options = settings("default", bench, f"--data_path={path}", "--mode=ml-25m", f"--cache_dir={folder}")
+        before, begin = resident(), time.perf_counter()
+        with contextlib.redirect_stdout(sys.stderr):
+            problem = training.load_problem(options)
+        read, held, peak = time.perf_counter() - begin, resident() - before, peak_memory(bench) - before
+        begin, n_items = time.perf_counter(), len(problem.ratings.item_ids)
+        factor_analysis.fit(problem.sequences, problem.train, n_items, options.num_factors, options.factor_prior)
+        return {
+            "reading": (read, "s"),
+            "memory, most in reading": (peak, "MB"),
+            "memory, held": (held, "MB"),
+            "file": (path.stat().st_size / 1e6, "MB"),
+            "cache": (sum(each.stat().st_size for each in Path(folder).glob("*.cache")) / 1e6, "MB"),
+            "start of the item tables": (time.perf_counter() - begin, "s"),
+            "memory, most in that start": (peak_memory(bench) - before, "MB"),
+        }
+
+
+def measure_items(bench, n_items):
+    """In a fresh process: what training with that many items takes and its checkpoint."""
+    set_up(bench)
+    options = settings("default", bench, "--sparse_items=True", f"--model={bench.models[0]}")
+    before = resident()
+    system, tasks = build(options, bench, n_items), draw(options, bench, options.batch_size, n_items)
+    average, optimizer = AveragedModel(system), RowAdamW(training.parameter_groups(system, options))
+    seconds = medians(bench, lambda: training.train_step(system, optimizer, tasks, options, 1))[0]
+    average.update_parameters(system)
+    held = peak_memory(bench) - before
+    begin = time.perf_counter()
+    parts = {"system": average.module, "last": system, "optimizer": optimizer}
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state["optimizer"] = state["optimizer"]["state"]
+    with tempfile.TemporaryDirectory() as folder:
+        size = runs.save_checkpoint(folder, 1, state).stat().st_size / 1e6
+    return {
+        "memory, training": (held, "MB"),
+        "memory, most in saving": (peak_memory(bench) - before, "MB"),
+        "checkpoint": (size, "MB"),
+        "saving": (time.perf_counter() - begin, "s"),
+        "an iteration": (seconds, "s"),
+    }
+
+
+def bench_scaling(bench):
+    """What a million more ratings (of 160 a user) or items take, and a thousand more users to adapt to."""
+    rows = []
+    for name, measure, small in (
+        ("ratings", measure_ratings, bench.rows),
+        ("items", measure_items, max(50, bench.many_items // 4)),
+    ):
+        few, many = apart(measure, bench, small), apart(measure, bench, 4 * small)
+        for figure, (value, unit) in few.items():
+            grown = (many[figure][0] - value) / (3e-6 * small)
+            rows.append(row(f"a million {name}: {figure}", grown, unit))
+    sequences, users = synthetic(bench.users), np.arange(bench.users)
+    for form in FORMS:
+        options = settings(form, bench, f"--model={bench.models[0]}")
+        system = build(options, bench)
+        seconds = medians(
+            bench, lambda s=system, o=options: training.predict(s, dataloader.last_tasks(sequences, users, o))
+        )[0]
+        rows.append(row(f"{form}: a thousand users adapted to", 1e3 * seconds / bench.users, "s"))
+    return rows
+
+
 SECTIONS = {
     "learners": bench_learners,
     "eval": bench_eval,
@@ -454,6 +609,8 @@ SECTIONS = {
     "tasks": bench_tasks,
     "steps": bench_steps,
     "data": bench_data,
+    "processes": bench_processes,
+    "scaling": bench_scaling,
     "parts": bench_parts,
     "accuracy": bench_accuracy,
 }
@@ -484,6 +641,7 @@ def parse(argv=None):
     add("many_items", 1_000_000, count(50), "items of the large one")
     add("rows", 1_000_000, count(5000), "rows of the file in ML-1M's layout")
     add("many_rows", 0, count(0), "rows of one in ML-25M's layout, 25000000 say; 0 = none")
+    add("steps", 20, count(), "outer steps of each measurement in processes")
     add("every", 10, count(), "iterations between validations in accuracy")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench, bench.rest = parser.parse_known_args(argv)
