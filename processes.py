@@ -21,7 +21,7 @@ import torch.distributed as dist
 import utils
 from utils import UserError
 
-SILENCE = 45.0  # seconds without a sign of life after which a process counts as lost
+SILENCE = 45  # seconds without a sign of life after which a process counts as lost
 MEETING = timedelta(minutes=5)  # how long one waits for the others at the beginning
 PATIENCE = timedelta(hours=12)  # and later for one that lives: it reads or saves
 LAST_WORDS = 10.0  # seconds that process 0 has to write what it is writing when another has given up
@@ -80,8 +80,10 @@ def run_together(main):
     if not is_first():
         be_quiet()
     done = threading.Event()
-    watching = threading.Thread(target=watch, args=(done,), daemon=True)
-    watching.start()
+    heard = dict.fromkeys(range(place.count), (None, time.monotonic()))
+    threads = [threading.Thread(target=task, args=(done, heard), daemon=True) for task in (exchange, watch)]
+    for thread in threads:
+        thread.start()
     try:
         status = main()
     except UserError as error:
@@ -93,7 +95,8 @@ def run_together(main):
     except Exception:
         status = end(1, traceback.format_exc())
     done.set()
-    watching.join(5)
+    for thread in threads:
+        thread.join(5)
     leave(status)
     return status
 
@@ -142,16 +145,22 @@ def end(status, words, store=None):
     except RuntimeError:  # the store is gone: nobody can be asked
         said = mine
     if said == mine:
-        with contextlib.suppress(OSError):
-            os.write(place.voice, f"{words.rstrip()}\n".encode())
+        say(words)
     return int(said.split()[1])
 
 
-def watch(done):
-    """Say every second that this process lives, until it is `done`; end it where another has ended or is lost."""
+def say(words):
+    with contextlib.suppress(OSError):
+        os.write(place.voice, f"{words.rstrip()}\n".encode())
+
+
+def exchange(done, heard):
+    """Say every second that this process lives, until it is `done`; keep in `heard` when each was last heard of.
+
+    heard: {process: (its last sign of life, when that was new)}. Ends this process where another has given up.
+    """
     store = place.store.clone()  # a connection of its own: the other may be waiting
     keys = [f"alive/{other}" for other in range(place.count)]
-    heard = dict.fromkeys(range(place.count), ("", time.monotonic()))  # last sign of life, and when it was new
     beat = 0
     while not done.wait(1):
         beat += 1
@@ -160,7 +169,8 @@ def watch(done):
             signs, over = store.multi_get(keys), store.check(["end"])
         except RuntimeError:
             if not done.wait(5):  # whoever computes with process 0 has noticed by then
-                os._exit(end(1, f"error: {lost('process 0 has ended, or its machine is lost')}", store))
+                say(f"error: {lost('process 0 has ended, or the connection to it')}")
+                os._exit(1)
             return
         if over:
             done.wait(LAST_WORDS if is_first() else 1)
@@ -169,9 +179,18 @@ def watch(done):
         for other, sign in enumerate(signs):
             if sign != heard[other][0]:
                 heard[other] = sign, time.monotonic()
-            elif sign != b"left" and time.monotonic() - heard[other][1] > SILENCE:
-                what = f"process {other} of {place.count} has been silent for {SILENCE:g} s"
-                os._exit(end(1, f"error: {lost(what)}", store))
+
+
+def watch(done, heard):
+    """End this process where another has not been heard of for long, though it has not left."""
+    while not done.wait(1):
+        for other, (sign, when) in heard.items():
+            if sign != b"left" and time.monotonic() - when > SILENCE:
+                words = f"error: {lost(f'process {other} of {place.count} has been silent for {SILENCE:g} s')}"
+                if other == 0:  # and the store may be silent with it
+                    say(words)
+                    os._exit(1)
+                os._exit(end(1, words, place.store.clone()))
 
 
 def lost(what):

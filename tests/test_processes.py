@@ -207,22 +207,25 @@ def test_a_killed_process_ends_the_other(tmp_path, alone, who):
     assert is_same_run(tmp_path, alone)
 
 
+@pytest.mark.parametrize("who", [0, 1])
 @pytest.mark.parametrize("function", ["train_iteration", "load_problem"])
-def test_a_silent_process_ends_the_other(tmp_path, function):
+def test_a_silent_process_ends_the_other(tmp_path, function, who):
     """Whether the other is computing or still reading; a process whose machine is lost looks like a stopped one."""
 
     def prepare(rank):
         processes.SILENCE = 3
-        if rank:
+        if rank == who:
             do_before(function, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         elif function == "load_problem":
             do_before(function, 1, lambda: time.sleep(60))
 
-    first, second = start_all(tmp_path, before=prepare)
-    assert wait(first) == 1
-    assert "error: process 1 of 2 has been silent for 3 s" in errors_of(tmp_path)
-    os.kill(second, signal.SIGKILL)
-    assert wait(second) == -signal.SIGKILL
+    both = start_all(tmp_path, before=prepare)
+    assert wait(both[1 - who]) == 1
+    os.kill(both[who], signal.SIGKILL)
+    assert wait(both[who]) == -signal.SIGKILL
+    errors = errors_of(tmp_path)
+    assert errors.count("\n") == 1
+    assert errors.startswith(f"error: process {who} of 2 has been silent for 3 s; ")
 
 
 def test_a_mistake_of_one_is_said_once(tmp_path):
