@@ -175,10 +175,10 @@ def train_step(system, optimizer, tasks, options, iteration):
     weights = maml.objective_weights(options, iteration).to(system.scale.device)
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros(options.num_inner_steps + 2, device=system.scale.device)  # losses, and the absolute error
-    first, end = processes.share(len(tasks.table))
+    mine = move(tasks, system, *processes.share(len(tasks.table)))
     chunk = options.task_chunk or len(tasks.table)
-    for i in range(first, end, chunk):
-        part = move(tasks, system, i, min(i + chunk, end))
+    for i in range(0, len(mine.table), chunk):
+        part = dataloader.Tasks(*(tensor[i : i + chunk] for tensor in mine))
         predictions = system(part, options.use_second_order)
         losses = maml.query_losses(predictions, part).sum(0) / len(tasks.table)
         (losses * weights).sum().backward()
