@@ -168,12 +168,13 @@ def exchange(done, heard):
             store.set(keys[place.rank], str(beat))
             signs, over = store.multi_get(keys), store.check(["end"])
         except RuntimeError:
-            if not done.wait(5):  # whoever computes with process 0 has noticed by then
-                say(f"error: {lost('process 0 has ended, or the connection to it')}")
-                os._exit(1)
-            return
+            if done.wait(5):  # whoever computes with process 0 has noticed by then
+                return
+            say(f"error: {lost('process 0 has ended, or the connection to it')}")
+            os._exit(1)
         if over:
-            done.wait(LAST_WORDS if is_first() else 1)
+            if done.wait(LAST_WORDS if is_first() else 1):
+                return
             store.set(keys[place.rank], "left")
             os._exit(end(1, "", store))
         for other, sign in enumerate(signs):
