@@ -3,6 +3,8 @@
     python benchmark.py                                    # every section, on synthetic ratings
     python benchmark.py --only learners eval --threads=2   # some sections
     python benchmark.py --only accuracy --data_path=FILE   # time to the damped means' error, on real ratings
+    python benchmark.py --only data --many_rows=25000000   # a file of ML-25M's size too: 3 minutes, 1 GB of disk
+    python benchmark.py --only processes scaling           # two processes; slopes for docs/SCALING.md
     python benchmark.py --json > figures.json              # for machines
 
 Options of main.py (--bert_hidden_units=64, --model=narm, ...) hold for all sections. Form "paper" is
@@ -14,8 +16,10 @@ import contextlib
 import copy
 import json
 import multiprocessing
+import os
 import platform
 import resource
+import socket
 import statistics
 import sys
 import tempfile
@@ -28,13 +32,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
+from torch.optim.swa_utils import AveragedModel
 from torch.profiler import ProfilerActivity, profile
 
 import baselines
 import dataloader
+import factor_analysis
 import maml
 import metrics
 import options as option_module
+import processes
+import runs
 import training
 from models import kernels
 from optimizer import RowAdamW
@@ -359,12 +367,12 @@ def write_ratings(path, n_rows, mode, chunk=1_000_000):
 
 
 def measure_reading(bench, path, mode):
-    """In a fresh process: (seconds from a file to ready splits, MB that took)."""
+    """In a fresh process: (seconds from a file to ready splits, those of processors, MB that took)."""
     options = settings("default", bench, f"--data_path={path}", f"--mode={mode}", f"--cache_dir={path.parent}")
-    before, begin = peak_memory(bench), time.perf_counter()
+    before, begin, cpu = peak_memory(bench), time.perf_counter(), time.process_time()
     with contextlib.redirect_stdout(sys.stderr):
         training.load_problem(options)
-    return time.perf_counter() - begin, peak_memory(bench) - before
+    return time.perf_counter() - begin, time.process_time() - cpu, peak_memory(bench) - before
 
 
 def bench_data(bench):
@@ -377,9 +385,10 @@ def bench_data(bench):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / ("ratings.dat" if mode == "ml-1m" else "ratings.csv")
             write_ratings(path, n_rows, mode)
-            first, used = apart(measure_reading, bench, path, mode)
-            again, _ = apart(measure_reading, bench, path, mode)
+            first, work, used = apart(measure_reading, bench, path, mode)
+            again, _, _ = apart(measure_reading, bench, path, mode)
         rows.append(row(f"{n_rows:,} rows of {mode}: first reading", first, "s", at_most=seconds))
+        rows.append(row(f"{n_rows:,} rows of {mode}: the same, processor time", work, "s"))
         rows.append(row(f"{n_rows:,} rows of {mode}: from the cache", again, "s"))
         rows.append(row(f"{n_rows:,} rows of {mode}: memory", used, "MB", at_most=memory))
     sequences = synthetic()
@@ -470,7 +479,7 @@ def validation_error(system, problem):
 
 def train_to(goal, problem, options, bench):
     """Train until the validation RMSE is at most `goal`: {figure: (value, unit)}."""
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     system = training.build_system(problem, options).to(bench.device)
     optimizer = RowAdamW(training.parameter_groups(system, options))
     iteration, error = 0, validation_error(system, problem)
@@ -482,9 +491,161 @@ def train_to(goal, problem, options, bench):
         iteration += 1
         if iteration % bench.every == 0:
             error = validation_error(system, problem)
-    figures = {"iterations": (iteration, ""), "RMSE reached": (error, "")}
     reached = "time" if error <= goal else "time, goal not reached"
-    return {reached: (time.perf_counter() - begin, "s"), **figures}
+    return {
+        reached: (time.perf_counter() - begin, "s"),
+        "processor time": (time.process_time() - cpu, "s"),
+        "iterations": (iteration, ""),
+        "RMSE reached": (error, ""),
+    }
+
+
+# -----------------------------------------------------------------------------
+# several processes
+
+
+def together(count, function, *arguments):
+    """What a function gives in each of `count` fresh processes that are connected, in their order."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        done = [pool.submit(as_process, rank, count, port, function, *arguments) for rank in range(count)]
+        return [each.result() for each in done]
+
+
+def as_process(rank, count, port, function, *arguments):
+    """Be process `rank` of `count`, and do the work."""
+    if count > 1:
+        os.environ.update(RANK=f"{rank}", WORLD_SIZE=f"{count}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+        processes.join()
+        processes.connect(torch.device("cpu"))
+    return function(*arguments)
+
+
+def measure_steps(bench, form, count, double=False):
+    """Take `count` outer steps on the CPU: (median wall seconds and mean CPU seconds of one, all parameters (n,))."""
+    set_up(bench)
+    options = settings(form, bench, f"--model={bench.models[0]}")
+    system, sequences = build(options, bench), synthetic()
+    system = system.double() if double else system
+    optimizer = RowAdamW(training.parameter_groups(system, options))
+    users, times = np.arange(len(sequences.offsets) - 1), []
+    cpu = time.process_time()
+    for iteration in range(count):
+        begin = time.perf_counter()
+        tasks = dataloader.sample_tasks(sequences, users, options, iteration)
+        if double:
+            tasks = tasks._replace(ratings=tasks.ratings.double(), query_ratings=tasks.query_ratings.double())
+        training.train_step(system, optimizer, tasks, options, iteration)
+        times.append(time.perf_counter() - begin)
+    cpu = (time.process_time() - cpu) / count
+    return statistics.median(times), cpu, torch.cat([p.detach().flatten() for p in system.parameters()]).numpy()
+
+
+def bench_processes(bench):
+    """Outer steps of one process and of two, on the CPU with --threads each, sampling included."""
+    bench, rows = argparse.Namespace(**{**vars(bench), "device": torch.device("cpu")}), []
+    for form in FORMS:
+        runs_of = {count: [] for count in (1, 2)}
+        for _ in range(bench.reps):
+            for count, found in runs_of.items():
+                found.append(together(count, measure_steps, bench, form, bench.steps))
+        one, two = (statistics.median(rep[0][0] for rep in found) for found in runs_of.values())
+        work = [statistics.median(max(each[1] for each in rep) for rep in found) for found in runs_of.values()]
+        batch = settings(form, bench).batch_size
+        rows.append(row(f"{form}: one process", batch / one, "tasks/s"))
+        rows.append(row(f"{form}: two processes", batch / two, "tasks/s"))
+        rows.append(row(f"{form}: two over one", one / two, "x", at_least=1.6))
+        rows.append(row(f"{form}: the same, by processor time", work[0] / work[1], "x"))
+        for double in (True, False):
+            first, second = (together(count, measure_steps, bench, form, 20, double)[0][2] for count in (1, 2))
+            name = f"{form}: parameters differ by, {'double' if double else 'single'} precision"
+            rows.append(row(name, float(abs(first - second).max()), "", at_most=1e-6 if double else None))
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# slopes for docs/SCALING.md
+
+
+def resident():
+    """Memory that this process holds now, in MB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+
+
+def measure_ratings(bench, n_rows):
+    """In a fresh process: what reading a file of ratings and starting from it takes, {figure: (value, unit)}."""
+    set_up(bench)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ratings.csv"
+        write_ratings(path, n_rows, "ml-25m")
+        options = settings("default", bench, f"--data_path={path}", "--mode=ml-25m", f"--cache_dir={folder}")
+        before, begin = resident(), time.process_time()
+        with contextlib.redirect_stdout(sys.stderr):
+            ratings, sequences, train, *_ = training.load_problem(options)
+        read, peak = time.process_time() - begin, peak_memory(bench) - before
+        sizes = [sum(each.stat().st_size for each in Path(folder).glob(name)) / 1e6 for name in ("*.csv", "*.cache")]
+        begin = time.process_time()
+        factor_analysis.fit(sequences, train, len(ratings.item_ids), options.num_factors, options.factor_prior)
+        start = time.process_time() - begin
+    return {
+        "reading": (read, "s"),
+        "file": (sizes[0], "MB"),
+        "cache, mapped by all processes": (sizes[1], "MB"),
+        "memory of each process": (sum(array.nbytes for array in sequences) / 1e6, "MB"),
+        "most memory in reading": (peak, "MB"),
+        "start of item tables": (start, "s"),
+        "most memory in that start": (peak_memory(bench) - before, "MB"),
+    }
+
+
+def measure_items(bench, n_items):
+    """In a fresh process: what training with that many items takes, and a checkpoint, {figure: (value, unit)}."""
+    set_up(bench)
+    options = settings("default", bench, "--sparse_items=True", f"--model={bench.models[0]}")
+    before = resident()
+    system, tasks = build(options, bench, n_items), draw(options, bench, options.batch_size, n_items)
+    average, optimizer = AveragedModel(system), RowAdamW(training.parameter_groups(system, options))
+    seconds = medians(bench, lambda: training.train_step(system, optimizer, tasks, options, 1))[0]
+    mean = medians(bench, lambda: average.update_parameters(system))[0]
+    held, begin = peak_memory(bench) - before, time.process_time()
+    state = {name: part.state_dict() for name, part in (("system", average.module), ("last", system))}
+    with tempfile.TemporaryDirectory() as folder:
+        path = runs.save_checkpoint(folder, 1, {**state, "optimizer": optimizer.state_dict()["state"]})
+        size = path.stat().st_size / 1e6
+    return {
+        "memory of each process": (held, "MB"),
+        "outer step": (1e3 * seconds, "ms"),
+        "mean of the weights": (1e3 * mean, "ms"),
+        "checkpoint": (size, "MB"),
+        "saving": (time.process_time() - begin, "s"),
+        "most memory in saving": (peak_memory(bench) - before, "MB"),
+    }
+
+
+def bench_scaling(bench):
+    """What a million more ratings (of 160 a user) or items take, in processor time, and a thousand more users."""
+    rows = []
+    counted = {"ratings": (measure_ratings, 2 * bench.rows), "items": (measure_items, bench.many_items)}
+    for name, (measure, few) in counted.items():
+        small, large = apart(measure, bench, few), apart(measure, bench, 4 * few)
+        for figure, (value, unit) in small.items():
+            rows.append(row(f"a million {name}: {figure}", (large[figure][0] - value) / (3e-6 * few), unit))
+    sequences, users = synthetic(bench.users), np.arange(bench.users)
+    for form in FORMS:
+        options = settings(form, bench, f"--model={bench.models[0]}")
+        system, tasks = build(options, bench), draw(options, bench, options.batch_size)
+        optimizer = RowAdamW(training.parameter_groups(system, options))
+        adapt, step = medians(
+            bench,
+            lambda s=system, o=options: training.predict(s, dataloader.last_tasks(sequences, users, o)),
+            lambda s=system, o=options, p=optimizer, t=tasks: training.train_step(s, p, t, o, 1),
+        )
+        rows.append(row(f"{form}: a thousand users adapted to", 1e3 * adapt / bench.users, "s"))
+        rows.append(row(f"{form}: a thousand tasks trained on", 1e3 * step / options.batch_size, "s"))
+    return rows
 
 
 SECTIONS = {
@@ -494,6 +655,8 @@ SECTIONS = {
     "tasks": bench_tasks,
     "steps": bench_steps,
     "data": bench_data,
+    "processes": bench_processes,
+    "scaling": bench_scaling,
     "parts": bench_parts,
     "accuracy": bench_accuracy,
 }
@@ -524,6 +687,7 @@ def parse(argv=None):
     add("many_items", 1_000_000, count(50), "items of the large one")
     add("rows", 1_000_000, count(5000), "rows of the file in ML-1M's layout")
     add("many_rows", 0, count(0), "rows of one in ML-25M's layout, 25000000 say; 0 = none")
+    add("steps", 20, count(), "outer steps of each measurement in processes")
     add("every", 10, count(), "iterations between validations in accuracy")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench, bench.rest = parser.parse_known_args(argv)

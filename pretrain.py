@@ -11,17 +11,19 @@ The run is kept in <pretrain_log_dir>/<mode>-<model>-basic/.
 import math
 
 import options
+import processes
 import runs
 import testing
 import training
-from utils import choose_device, run_script
+from processes import run_script
+from utils import choose_device
 
 
 def main(argv=None):
     opts = options.parse_pretrain(__doc__, argv)
     folder = runs.run_folder(opts.log_dir, opts.mode, opts.model, "basic")
     if opts.test:
-        return testing.test(folder, opts)
+        return testing.test(folder, opts) if processes.is_first() else 0
 
     problem = training.load_problem(opts)
     if opts.num_train_iterations is None:

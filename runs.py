@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import processes
 from utils import UserError
 
 CONFIG_VERSION = 1
@@ -281,7 +282,9 @@ def command_line():
 
 def versions():
     """What decides, beside options and data, whether a run can be repeated bit for bit; all as text."""
-    threads = str(torch.get_num_threads())  # sums are split among them
+    threads = str(torch.get_num_threads())  # sums are split among them, and among processes
+    if processes.count() > 1:
+        threads += f" in each of {processes.count()} processes"
     return {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "threads": threads
     }  # fmt: skip
@@ -589,22 +592,23 @@ def check_plain(state, budget):
 
 
 class Interruption:
-    """While entered, SIGINT and SIGTERM only set `requested`, which the training loop reads every iteration.
+    """While entered, SIGINT and SIGTERM only set `signal`, which the training loop reads every iteration.
 
     A second SIGINT stops at once: every file is written whole or not at all, so nothing is harmed.
-    `exit_code` is 130 after SIGINT, 143 after SIGTERM, 0 where no signal came.
+    `exit_code` is 130 after SIGINT, 143 after SIGTERM, 0 where the loop saw no signal.
     """
 
     def __init__(self):
-        self.signal = 0
+        self.signal = 0  # what came to this process
+        self.agreed = 0  # what the loop has seen, the same in all processes
 
     @property
     def requested(self):
-        return self.signal != 0
+        return self.agreed != 0
 
     @property
     def exit_code(self):
-        return 128 + self.signal if self.signal else 0
+        return 128 + self.agreed if self.agreed else 0
 
     def __enter__(self):
         signals = signal.SIGINT, signal.SIGTERM

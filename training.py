@@ -20,6 +20,7 @@ import datasets
 import factor_analysis
 import maml
 import metrics
+import processes
 import runs
 import tracking
 from optimizer import RowAdamW, clip
@@ -40,7 +41,8 @@ class Problem(NamedTuple):
 
 def load_problem(options):
     """Read the ratings and split their users; users without any support rating are left out of train and test."""
-    ratings = datasets.load_ratings(options)
+    with processes.one_by_machine():  # the others map its cache into memory
+        ratings = datasets.load_ratings(options)
     train, validation, test = dataloader.split_users(len(ratings.user_ids), options)
     sequences, mean, std = dataloader.standardise(ratings, train)
     usable = [dataloader.usable_users(sequences, users) for users in (train, validation, test)]
@@ -50,7 +52,11 @@ def load_problem(options):
 
 
 def build_system(problem, options, fresh=True):
-    """A `maml.MetaLearner`; a fresh one's item tables start from the training users with --init_items=factors."""
+    """A `maml.MetaLearner`; a fresh one's item tables start from the training users with --init_items=factors.
+
+    In processes other than 0 its values count for nothing: `copy_first` overwrites them.
+    """
+    fresh = fresh and processes.is_first()
     ratings, n_items, start, counts = problem.ratings, len(problem.ratings.item_ids), None, None
     if fresh and options.head == "joint" and options.init_items == "factors":
         start = factor_analysis.fit(
@@ -111,6 +117,8 @@ def evaluate(system, problem, users, shots=None, num_targets=1):
     sequences, parts = problem.sequences, []
     for back in range(num_targets):
         users = users[sequences.offsets[users + 1] - sequences.offsets[users] > back + 1]
+        if back and not len(users):
+            break
         tasks = dataloader.last_tasks(sequences, users, system.options, shots, back)
         at = sequences.offsets[users + 1] - 1 - back
         predictions = predict(system, tasks)
@@ -122,6 +130,8 @@ def evaluate(system, problem, users, shots=None, num_targets=1):
 
 # -----------------------------------------------------------------------------
 # training
+
+LEAST_SHARE = 64  # validation users of a process; fewer are not worth dividing
 
 
 def parameter_groups(system, options):
@@ -160,25 +170,36 @@ def anneal(options, iteration):
 def train_step(system, optimizer, tasks, options, iteration):
     """One outer step: (mean query loss before adapting, after it, absolute error after it, norm of the meta-gradient).
 
+    Of the `tasks` each process takes its share; the step and its figures are those of all of them.
     Raises FloatingPointError, with the parameters as they were, where any of them is not finite.
     """
     weights = maml.objective_weights(options, iteration).to(system.scale.device)
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros(options.num_inner_steps + 1, device=system.scale.device)
-    absolute = total.new_zeros(())
-    for _, part in dataloader.by_size(tasks, options.task_chunk, system.scale.is_cuda):
+    total = torch.zeros(options.num_inner_steps + 2, device=system.scale.device)  # losses, and the absolute error
+    mine = move(tasks, system, *processes.share(len(tasks.table)))
+    for _, part in dataloader.by_size(mine, options.task_chunk, system.scale.is_cuda):
         predictions = system(part, options.use_second_order)
         losses = maml.query_losses(predictions, part).sum(0) / len(tasks.table)
         (losses * weights).sum().backward()
-        total += losses.detach()
-        absolute += maml.query_losses(predictions[:, -1:].detach(), part, torch.abs).sum() / len(tasks.table)
+        total[:-1] += losses.detach()
+        total[-1] += maml.query_losses(predictions[:, -1:].detach(), part, torch.abs).sum() / len(tasks.table)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if processes.count() > 1:
+        total = sum_over_processes(system, parameters, tasks, total)
     norm = clip(parameters, options.clip_norm)
-    figures = torch.stack([total[0], total[-1], absolute, norm]).tolist()
+    figures = torch.stack([total[0], total[-2], total[-1], norm]).tolist()
     if not all(map(math.isfinite, figures)):
         raise FloatingPointError(divergence(options, iteration, figures[0], figures[1], figures[3]))
     optimizer.step()
     return figures
+
+
+def sum_over_processes(system, parameters, tasks, figures):
+    """Make gradients, and `figures` (n,), those of all tasks; the figures."""
+    sparse = system.learner.table_names() if system.options.sparse_items else []
+    tables = [system.learner.get_parameter(name) for name in sparse]
+    rows = tasks.table.unique().to(figures.device) if tables else None
+    return processes.sum_gradients(parameters, tables, rows, figures)
 
 
 def divergence(options, iteration, before, after, norm):
@@ -241,15 +262,22 @@ def fit(system, problem, options, folder):
     optimizer = RowAdamW(parameter_groups(system, options))
     average = AveragedModel(system, multi_avg_fn=get_ema_multi_avg_fn(options.average))
     run = Run(system, average, problem, options, folder, optimizer, new_loop())
-    with runs.lock_folder(folder), runs.Interruption() as stop, naming_what_to_lower(options):
-        start(run)
+    processes.connect(system.scale.device)
+    check_alike(run)
+    lock = runs.lock_folder(folder) if processes.is_first() else contextlib.nullcontext()
+    with lock, runs.Interruption() as stop, naming_what_to_lower(options):
+        if processes.is_first():
+            start(run)
+        copy_first(run)
         try:
             iterate(run, stop)
         except FloatingPointError as error:
             with contextlib.suppress(FloatingPointError):
                 save(run)
+            processes.barrier()
             print(f"error: {error}", file=sys.stderr)
             return 3
+        processes.barrier()  # torchrun ends all when one has ended
     if run.loop["skipped"]:
         print(f"left out {run.loop['skipped']} iterations that were not finite", file=sys.stderr)
     if stop.requested:
@@ -261,16 +289,17 @@ def fit(system, problem, options, folder):
 
 def iterate(run, stop):
     """Train until the last iteration or a signal; validate and save on the way."""
-    log, bar = tracking.open_log(run), tracking.progress(run)
+    log, bar = tracking.open_log(run) if processes.is_first() else None, tracking.progress(run)
     clock = time.monotonic() - run.loop["seconds"]
     begun, saved = run.loop["iteration"], time.monotonic()
     while True:
         iteration = run.loop["iteration"]
         last = iteration >= run.options.num_train_iterations
         run.loop["seconds"] = time.monotonic() - clock
+        stop.agreed, due = processes.largest(stop.signal, iteration > begun and is_save_due(run, saved))
         if run.loop["validated"] != iteration and (last or iteration % run.options.log_interval == 0):
             validate(run, log, bar)
-        if last or stop.requested or (iteration > begun and is_save_due(run, saved)):
+        if last or stop.requested or due:
             save(run)
             saved = time.monotonic()
         if last or stop.requested:
@@ -329,6 +358,37 @@ def start(run):
     restore(run, state)
     check_best(run)
     runs.note_continuation(run.folder, config, run.loop["iteration"])
+
+
+# What processes may be given differently: where things are on their machine, and what only process 0 does.
+MAY_DIFFER = ("cache_dir", "data_path", "data_url", "log_dir", "overwrite", "pretrain_log_dir", "resume")
+
+
+def check_alike(run):
+    """UserError where this process was given other options or ratings than process 0."""
+    mine = {name: value for name, value in runs.as_stored(run.options).items() if name not in MAY_DIFFER}
+    options, fingerprint = processes.from_first([mine, run.problem.ratings.fingerprint])
+    differ = [f"--{name}" for name in mine if mine[name] != options.get(name)]
+    if fingerprint != run.problem.ratings.fingerprint:
+        differ.append("the ratings")
+    if differ:
+        raise UserError(f"process {processes.rank()} and process 0 differ in {', '.join(differ)}: start all alike")
+
+
+def copy_first(run):
+    """Give all processes the state that process 0 begins with."""
+    moments = run.optimizer.state_dict()["state"]
+    loop, numbers = processes.from_first([run.loop, sorted(moments)])
+    run.loop.update(loop)
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    for number in numbers:
+        if number not in moments:
+            state = run.optimizer.state[parameters[number]]
+            state["step"], p = torch.zeros(()), parameters[number].detach()
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+    moments = run.optimizer.state_dict()["state"]
+    tensors = [tensor for number in numbers for _, tensor in sorted(moments[number].items())]
+    processes.copy_first([*run.system.state_dict().values(), *run.average.state_dict().values(), *tensors])
 
 
 def restore(run, state):
@@ -390,6 +450,8 @@ def save(run, best=False):
             f"iteration {iteration}: the last step made parameters that are not finite: train again with a lower "
             f"{likely_cause(run.options, math.inf)}"
         )
+    if not processes.is_first():
+        return
     state = {
         "system": run.average.module.state_dict(),
         "last": run.system.state_dict(),
@@ -419,7 +481,7 @@ def train_iteration(run):
     set_rates(run, iteration)
     tasks = dataloader.sample_tasks(run.problem.sequences, run.problem.train, options, iteration)
     try:
-        figures = train_step(run.system, run.optimizer, move(tasks, run.system), options, iteration)
+        figures = train_step(run.system, run.optimizer, tasks, options, iteration)
     except FloatingPointError:
         if not options.skip_nonfinite:
             raise
@@ -434,8 +496,7 @@ def train_iteration(run):
 def validate(run, log, bar):
     """Score the validation users, log, and keep the best checkpoint."""
     loop, options = run.loop, run.options
-    users = run.problem.validation[: options.val_size]
-    scored = evaluate(run.average.module, run.problem, users, num_targets=options.val_targets)
+    scored = score_validation(run)
     error, _ = metrics.rmse((scored.prediction - scored.target) ** 2)
     if not math.isfinite(error):
         likely = likely_cause(options, scored.unadapted.sum())
@@ -445,7 +506,19 @@ def validate(run, log, bar):
     loop["validated"] = loop["iteration"]
     if better := error < loop["best_rmse"]:
         loop["best_rmse"], loop["best_iteration"] = error, loop["iteration"]
-    tracking.log_validation(run, log, bar, scored)
+    if processes.is_first():
+        tracking.log_validation(run, log, bar, scored)
     loop["sums"], loop["since"] = new_loop()["sums"], 0
     if better:
         save(run, best=True)
+
+
+def score_validation(run):
+    """`Scored` of the validation users; where there are many, each process adapts to a share of them."""
+    users = run.problem.validation[: run.options.val_size]
+    shared = processes.count() > 1 and len(users) >= LEAST_SHARE * processes.count()
+    first, end = processes.share(len(users)) if shared else (0, len(users))
+    scored = evaluate(run.average.module, run.problem, users[first:end], num_targets=run.options.val_targets)
+    if not shared:
+        return scored
+    return Scored(*(np.concatenate(column) for column in zip(*processes.from_all(tuple(scored)), strict=True)))

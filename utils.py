@@ -29,7 +29,7 @@ def random_stream(seed, *stream):
 
 
 def choose_device(name, deterministic=False):
-    """The torch device of `--device`; auto takes the GPU where there is one.
+    """The torch device of `--device`; auto takes a GPU where there is one, with torchrun each process its own.
 
     With `deterministic`, torch raises RuntimeError for an operation that it cannot repeat bit for bit.
     """
@@ -38,4 +38,12 @@ def choose_device(name, deterministic=False):
         torch.use_deterministic_algorithms(True)
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda: torch finds no GPU here; use --device=cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", 0))  # of the processes that torchrun started on this machine
+    if number >= torch.cuda.device_count():
+        raise UserError(
+            f"process {number + 1} of this machine finds {torch.cuda.device_count()} GPUs: give torchrun a lower "
+            "--nproc_per_node, or train with --device=cpu"
+        )
+    return torch.device("cuda", number)

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 import pretrain
+import processes
 import runs
-import utils
 
 ROOT = Path(__file__).parents[1]
 ITERATIONS = 12
@@ -51,7 +51,7 @@ def start(place, *flags, script="main", before=lambda: None):
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         before()
-        utils.run_script(lambda: SCRIPTS[script].main(command(place, *flags)))
+        processes.run_script(lambda: SCRIPTS[script].main(command(place, *flags)))
     except SystemExit as end:
         code = end.code or 0
     except BaseException:

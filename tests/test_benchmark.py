@@ -50,6 +50,7 @@ def test_spread_tasks_hold_the_same_windows_one_a_row():
 
 def test_all_sections_print_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(benchmark, "together", lambda count, function, *arguments: [function(*arguments)] * count)
     small = [
         "--users=8",
         "--tasks=4",
@@ -58,6 +59,7 @@ def test_all_sections_print_json(tmp_path, monkeypatch, capsys):
         "--rows=30000",
         "--many_rows=20000",
         "--min_item=2",
+        "--steps=2",
     ]
     data = [f"--data_path={ROOT}/Data/sample/ratings.csv", "--mode=sample", f"--cache_dir={tmp_path}"]
     outer = ["--every=1", "--num_train_iterations=2", "--batch_size=4", "--num_test_data=50"]
@@ -77,6 +79,14 @@ def test_sections_are_chosen_and_printed_as_a_table():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "sasrec, paper" in done.stdout and "users/s" in done.stdout and "narm" not in done.stdout
+
+
+def test_two_processes_have_the_parameters_of_one():
+    bench = benchmark.parse(["--device=cpu", "--models", "gru4rec", "--batch_size=5", *TINY])
+    alone = benchmark.measure_steps(bench, "default", 20, True)[2]
+    both = benchmark.together(2, benchmark.measure_steps, bench, "default", 20, True)
+    assert len(both) == 2 and (both[0][2] == both[1][2]).all()
+    assert abs(both[0][2] - alone).max() < 1e-6
 
 
 def test_apart_runs_in_another_process():
