@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, HistogramProto, Summary, SummaryMetadata
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
@@ -75,8 +75,9 @@ class EventLog:
         RecordWriter(self.pending).write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def add_scalar(self, tag, value, step):
-        metadata = SummaryMetadata(summary_description=SCALARS.get(tag, ""))
-        self.add(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value, metadata=metadata)]))
+        about = SummaryMetadata(summary_description=SCALARS.get(tag, ""), data_class=DATA_CLASS_SCALAR)
+        about.plugin_data.plugin_name = "scalars"
+        self.add(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value, metadata=about)]))
 
     def add_histogram(self, tag, values, step):
         """Add a histogram of the finite `values`, an array of any shape; nothing where there are none."""
