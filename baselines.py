@@ -21,6 +21,7 @@ FACTORS = (10, 20)
 REGULARISATION = (4.0, 8.0, 14.0)
 RIDGE = (0.25, 0.5, 1.0, 2.0)
 VALIDATION_TARGETS = 5  # the constants are chosen on this many last ratings of each validation user
+MOST_FACTORISED = 3_000_000  # ratings, for `reference_rmse`
 BLOCK = 4096  # users or items solved for at a time; bounds the memory
 
 
@@ -204,6 +205,27 @@ def fit_baselines(ratings, train_users, validation_users, max_seq_len):
         if name not in best or error < best[name][0]:
             best[name] = error, constants, predictor
     return {name: entry[2] for name, entry in best.items()}, {name: entry[1] for name, entry in best.items()}
+
+
+def reference_rmse(ratings, train_users, users, max_seq_len, num_targets):
+    """RMSE of damped means and of a matrix factorisation on the last ratings of `users`, as lines to compare with.
+
+    {name: RMSE}, on the targets of `training.evaluate`. Half a second for a million ratings: one factorisation of a
+    usual size, left out of large data, and only the dampings are chosen, on these targets themselves.
+    """
+    length, longest = np.diff(ratings.offsets), max_seq_len - 1
+    pairs = [last_support(ratings, users[length[users] > back + 1], longest, back) for back in range(num_targets)]
+    fits = {damping: fit_effects(ratings, train_users, damping) for damping in ITEM_DAMPING}
+    found = {"damped means": [partial(predict_effects, *f, d) for f in fits.values() for d in USER_DAMPING]}
+    if length[train_users].sum() <= MOST_FACTORISED:
+        fitted = factorise(ratings, train_users, FACTORS[0], REGULARISATION[1], sweeps=5)
+        found["matrix factorisation"] = [partial(predict_factors, *fitted, r, USER_DAMPING[1]) for r in RIDGE]
+
+    def error(predict):
+        squared = [prediction_errors(t, predict(s), ratings.low, ratings.high) ** 2 for s, t in pairs]
+        return float(np.sqrt(np.concatenate(squared).mean()))
+
+    return {name: min(map(error, predictors)) for name, predictors in found.items()}
 
 
 def score_baselines(ratings, train_users, validation_users, test_users, max_seq_len, shots=()):

@@ -77,16 +77,21 @@ def parse_ratings(path, options):
     return build_ratings(columns, filter_rows(columns, options), options), notes
 
 
-def find_data(options):
-    """The ratings file: --data_path, or the data set's own place, where MovieLens is downloaded to."""
-    check_options(options.mode, options.columns, options.sep)
+def data_place(options):
+    """(where the ratings file is to be, by --data_path or as the data set's own place; how to get one)."""
     edition = EDITIONS.get(options.mode)
     usual, source = PLACES.get(options.mode, (None, "give the ratings file with --data_path"))
     if edition:
         usual, source = Path("Data", edition.folder, edition.member), "leave out --data_path to download it"
     if not (options.data_path or usual):
         raise UserError(f"--mode={options.mode} needs --data_path, the ratings file")
-    path = Path(options.data_path or usual)
+    return Path(options.data_path or usual), source
+
+
+def find_data(options):
+    """The ratings file; MovieLens is downloaded to its own place."""
+    check_options(options.mode, options.columns, options.sep)
+    edition, (path, source) = EDITIONS.get(options.mode), data_place(options)
     if edition and not path.exists() and path.parts[-2:] == (edition.folder, edition.member):
         download_edition(options.mode, path.parent.parent, options.data_url)
     if not path.exists():

@@ -5,6 +5,7 @@ import http.client
 import os
 import socket
 import stat
+import sys
 import tempfile
 import time
 import zipfile
@@ -77,7 +78,8 @@ def fetch(url, archive, edition):
     for attempt in range(TRIES):
         time.sleep(PAUSE * attempt)
         archive.unlink(missing_ok=True)  # wget would choose another name
-        bar = tqdm(desc=archive.name, unit="B", unit_scale=True, leave=False)
+        tqdm.write(f"downloading {url}", file=sys.stderr)
+        bar = tqdm(desc=archive.name, unit="B", unit_scale=True, leave=False, disable=None)
         try:
             with bar, time_out(TIMEOUT):
                 wget.download(url, out=str(archive), bar=lambda *progress, bar=bar: show(bar, *progress))
@@ -128,7 +130,7 @@ def unpack(archive, folder, edition):
             unsafe = next((member.filename for member in members if leaves(member)), None)
             if unsafe is not None:
                 raise BadArchive(f"its member {unsafe} would be put outside of its folder")
-            for member in tqdm(members, desc=f"unpacking {archive.name}", delay=2, leave=False):
+            for member in tqdm(members, desc=f"unpacking {archive.name}", delay=2, leave=False, disable=None):
                 file.extract(member, folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise BadArchive(str(error)) from None

@@ -161,14 +161,16 @@ def read_users(options, recommender, titles):
         numbers = resolve(rows.item_ids.tolist(), recommender, titles, lambda text: line_of(path, text))
     for note in notes:
         say(note)
-    report_unknown(rows.item_ids[numbers == 0].tolist(), int((numbers == 0)[rows.items].sum()))
+    report_unknown(rows.item_ids[numbers == 0].tolist(), int((numbers == 0)[rows.items].sum()), titles)
     return group_users(rows, numbers)
 
 
-def report_unknown(items, n_rows):
+def report_unknown(items, n_rows, titles):
     """Say on standard error which items are left out."""
     if items:
-        say(f"items that training did not see are left out (items: {len(items):,}, rows: {n_rows:,}): {listed(items)}")
+        hint = "" if titles.by_item else "; titles need --titles"
+        rows = f"items: {len(items):,}, rows: {n_rows:,}{hint}"
+        say(f"items that training did not see are left out ({rows}): {listed(items)}")
 
 
 def group_users(rows, numbers):
@@ -196,7 +198,7 @@ def read_pairs(path, users, recommender, titles):
     texts = list(line)
     numbers = dict(zip(texts, resolve(texts, recommender, titles, lambda t: f"{path}, line {line[t]}"), strict=True))
     unknown = [text for text in reversed(texts) if not numbers[text]]
-    report_unknown(unknown, sum(not numbers[text] for _, _, text in rows))
+    report_unknown(unknown, sum(not numbers[text] for _, _, text in rows), titles)
     nobody = Support(np.zeros(0, np.int64), np.zeros(0, np.float32))
     strangers = sorted({user for _, user, _ in rows} - by_id.keys())
     if strangers:

@@ -103,7 +103,7 @@ def read_columns(path, mode=None, columns=None, sep=None, skip_bad_rows=False, s
             check_mode(path, "parquet", mode)
             return gather(path, parquet_parts(path, columns, scale), skip_bad_rows)
         size = path.stat().st_size
-        with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, delay=2, leave=False) as bar:
+        with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
             pieces = blocks(path, file, lambda: bar.update(raw.tell() - bar.n))
             return gather(path, text_parts(path, pieces, mode, columns, sep, scale), skip_bad_rows)
 

@@ -14,6 +14,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +35,8 @@ from utils import UserError, run_script
 __all__ = ["AdaptedUser", "Explanation", "Recommendation", "Recommender", "Support"]
 
 USERS_AT_ONCE = 32
-WIDEST_TITLE = 40  # characters in a table or picture
-MOST_LINES = 10  # in a picture
+WIDEST_TITLE, NARROWEST_TITLE = 40, 16  # characters in a table
+MOST_LINES = 4  # of a kind, in a picture
 ENDINGS = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
 
 
@@ -157,9 +158,8 @@ def tabulate(recommender, titles, rows, ranked):
 
 
 def explain(recommender, titles, rows, frame):
-    """(`frame` with the prediction after each number of inner steps, weights of the users' ratings, `Explanation`
-    of the first user)."""
-    moves, weights, first = np.empty((len(rows), recommender.options.num_inner_steps + 1)), [], None
+    """(`frame` with the prediction after each number of inner steps, weights of the users' ratings)."""
+    moves, weights = np.empty((len(rows), recommender.options.num_inner_steps + 1)), []
     by_user = {}
     for place, (user, _, number, _) in enumerate(rows):
         by_user.setdefault(user.id, (user, [], []))
@@ -167,18 +167,13 @@ def explain(recommender, titles, rows, frame):
         by_user[user.id][2].append(number)
     for user, places, numbers in by_user.values():
         found = recommender.explain(user.support, np.array(numbers))
-        first = first or found
         moves[places] = found.predictions
         for item, rating, weight in zip(found.items, found.ratings, found.weights, strict=True):
             named = {"title": titles.by_item.get(str(item), "")} if titles.by_item else {}
             steps = {f"weight_{step}": value for step, value in enumerate(weight.tolist(), 1)}
             weights.append({"user": user.id, "item": item, **named, "rating": rating, **steps})
     after = pd.DataFrame(moves, columns=[f"after_{step}" for step in range(moves.shape[1])])
-    return (
-        pd.concat([frame, after], axis=1),
-        pd.DataFrame(weights, columns=None if weights else ["user", "item"]),
-        first,
-    )
+    return pd.concat([frame, after], axis=1), pd.DataFrame(weights, columns=None if weights else ["user", "item"])
 
 
 # -----------------------------------------------------------------------------
@@ -192,42 +187,63 @@ def write(options, frame, weights):
         records = {name: part.to_dict("records") for name, part in parts.items() if part is not None}
         data = json.dumps(records if weights is not None else records["predictions"], ensure_ascii=False, indent=1)
         return put(options.output, (data + "\n").encode())
+    if options.format == "table":
+        tables = as_table(frame) if weights is None else explanation_tables(frame, weights)
+        return put(options.output, tables.encode())
     put(options.output, encode(frame, options.format))
     if weights is None:
         return None
     if options.output != "-":
         path = Path(options.output)
         return put(path.with_name(f"{path.stem}-weights{path.suffix}"), encode(weights, options.format))
-    if options.format == "table":
-        return put("-", b"\n" + encode(weights, "table"))
     # Standard output holds one table that programs can read.
-    return print(encode(weights, "table").decode(), file=sys.stderr, end="")
+    return print(explanation_tables(frame, weights), file=sys.stderr, end="")
 
 
 def encode(frame, kind):
-    """A DataFrame as bytes of a `kind` of file."""
-    if kind == "parquet":
-        return frame.to_parquet(index=False)
-    return (as_table(frame) if kind == "table" else frame.to_csv(index=False)).encode()
+    """A DataFrame as bytes of a CSV or Parquet file."""
+    return frame.to_parquet(index=False) if kind == "parquet" else frame.to_csv(index=False).encode()
+
+
+def explanation_tables(frame, weights):
+    """What `explain` gave as text: three narrow tables."""
+    steps = [name for name in frame.columns if name.startswith("after_")]
+    item = [name for name in ("user", "item", "title") if name in frame.columns]
+    moves = frame[item + steps].rename(columns={name: name.removeprefix("after_") for name in steps})
+    weights = weights.rename(columns=lambda name: name.removeprefix("weight_"))
+    return (
+        f"{as_table(frame.drop(columns=steps))}\n"
+        f"predicted ratings, unadapted (0) and after each inner step\n{as_table(moves)}\n"
+        f"weight of each rating in the inner steps; 1: that of the squared error\n{as_table(weights)}"
+    )
 
 
 def as_table(frame):
-    """A DataFrame as lines of aligned columns, numbers to the right."""
-    columns = []
+    """A DataFrame as lines of aligned columns, numbers to the right; titles are cut to the terminal's width."""
+    columns, room = {}, shutil.get_terminal_size((80, 24)).columns
     for name in frame.columns:
         values = frame[name].tolist()
         number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         cells = [str(name), *map(as_cell, values)]
         width = max(map(len, cells))
-        columns.append([cell.rjust(width) if number else cell.ljust(width) for cell in cells])
-    return "".join("  ".join(row).rstrip() + "\n" for row in zip(*columns, strict=True))
+        room -= width + 2
+        columns[name] = [cell.rjust(width) if number else cell.ljust(width) for cell in cells]
+    if "title" in columns and room < -2:
+        width = max(NARROWEST_TITLE, len(columns["title"][0]) + room + 2)
+        columns["title"] = [shorten(cell, width).ljust(width) for cell in columns["title"]]
+    return "".join("  ".join(row).rstrip() + "\n" for row in zip(*columns.values(), strict=True))
 
 
 def as_cell(value):
     if isinstance(value, bool):
         return "yes" if value else "no"
-    text = f"{value:.2f}" if isinstance(value, float) else str(value)
-    return text if len(text) <= WIDEST_TITLE else text[: WIDEST_TITLE - 3] + "..."
+    return f"{value:.2f}" if isinstance(value, float) else shorten(str(value), WIDEST_TITLE)
+
+
+def shorten(text, width):
+    """Text of at most `width` characters."""
+    text = text.rstrip()
+    return text if len(text) <= width else text[: width - 3].rstrip() + "..."
 
 
 def put(output, data):
@@ -242,30 +258,6 @@ def put(output, data):
         Path(output).write_bytes(data)  # a pipe or device must not be replaced by a file
     else:
         runs.write_atomic(output, data)
-
-
-def plot(file, found, names, user, queries):
-    """Picture of one user's `Explanation`: weights of the ratings by inner step, and the predictions of `queries`."""
-    from matplotlib.figure import Figure  # takes a second to import
-
-    figure = Figure(figsize=(12, 1.5 + 0.22 * max(len(found.items), 16)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps = found.predictions.shape[1]
-    if found.weights.size:
-        image = left.imshow(found.weights, aspect="auto")
-        figure.colorbar(image, ax=left, label="weight (1: that of the squared error)")
-    labels = [f"{names(item)}: {rating:g}" for item, rating in zip(found.items, found.ratings, strict=True)]
-    left.set_yticks(range(len(labels)), labels, fontsize=8)
-    left.set_xticks(range(steps - 1), range(1, steps))
-    left.set(xlabel="inner step", title=f"weights of the ratings of user {user}")
-    for item, way in list(zip(queries, found.predictions, strict=True))[:MOST_LINES]:
-        right.plot(way, marker="o", label=names(item))
-    right.set_xticks(range(steps))
-    right.set(xlabel="inner steps", ylabel="predicted rating", title="predictions, from the unadapted one on")
-    right.legend(fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=Path(file).suffix[1:], dpi=120)
-    put(file, picture.getvalue())
 
 
 # -----------------------------------------------------------------------------
@@ -297,15 +289,34 @@ def predict(options, recommender, threads):
     else:
         rows = list(top_rows(recommender, users, options.top, threads))
     seconds = time.monotonic() - clock
-    inputs.say(f"predicted {len(rows):,} ratings of {len(users):,} users in {seconds:.2f} s")
+    inputs.say(f"predicted {counted(len(rows), 'rating')} of {counted(len(users), 'user')} in {seconds:.2f} s")
     frame, weights = tabulate(recommender, titles, rows, ranked=not options.pairs), None
     if options.explain:
-        frame, weights, first = explain(recommender, titles, rows, frame)
-    if options.plot and first:
-        user = rows[0][0].id
-        queries = [recommender.item_ids[number - 1] for who, _, number, _ in rows if who.id == user]
-        plot(options.plot, first, lambda item: as_cell(titles.by_item.get(str(item), str(item))), user, queries)
+        frame, weights = explain(recommender, titles, rows, frame)
+    if options.plot and rows:
+        draw(options, recommender, titles, rows)
     write(options, frame, weights)
+
+
+def draw(options, recommender, titles, rows):
+    """Write the picture of the first user, with the pairs asked for, or with items that show what adapting did."""
+    import picture  # takes a second to import
+
+    user = rows[0][0]
+    if options.pairs:
+        groups = {"asked for": [number for who, _, number, _ in rows if who.id == user.id][: 3 * MOST_LINES]}
+    else:
+        groups = picture.tell_tale(recommender, user.support, MOST_LINES)
+    found = recommender.explain(user.support, np.array([number for group in groups.values() for number in group]))
+    groups = {what: [recommender.item_ids[number - 1] for number in group] for what, group in groups.items()}
+    figure = picture.draw(found, groups, lambda item: titles.by_item.get(str(item), str(item)))
+    data = io.BytesIO()
+    figure.savefig(data, format=Path(options.plot).suffix[1:], dpi=130)
+    put(options.plot, data.getvalue())
+
+
+def counted(number, noun):
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ several seeds, its errors are averaged over them first.
 
 import csv
 import io
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -22,18 +23,20 @@ FIGURES = ("rmse", "mae", "macro_rmse")
 
 
 def write(folder, cells, rows, about):
-    """Write the tables of the cells from what `load` gave; the text of table.md. A cell without a file was not run."""
+    """Write the tables of the cells from what `load` gave; what a terminal shows of them, 80 columns wide.
+
+    A cell without a file was not run.
+    """
     groups = groups_of(cells, rows)
     figures = {group: summary(rows, group) for group in groups}
     differences = all_differences(rows, figures)
     text = [f"# {next(iter(about.values()))['mode']}", "", markdown(*figure_table(figures)), ""]
     text += ["Differences of two methods on the same targets; below zero, the first is better.", ""]
     text += [markdown(*difference_table(differences)), "", *notes(rows, about, cells), ""]
-    text = "\n".join(text)
-    runs.write_atomic(folder / "table.md", text.encode())
+    runs.write_atomic(folder / "table.md", "\n".join(text).encode())
     runs.write_atomic(folder / "table.csv", as_csv(*figure_csv(figures)))
     runs.write_atomic(folder / "differences.csv", as_csv(*difference_csv(differences)))
-    return text
+    return for_terminal(figures, differences, notes(rows, about, cells))
 
 
 # -----------------------------------------------------------------------------
@@ -178,6 +181,25 @@ def markdown(header, rows):
     width = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [header, ["-" * w for w in width], *rows]
     return "\n".join("| " + " | ".join(map(str.ljust, line, width)) + " |" for line in lines)
+
+
+def for_terminal(figures, differences, lines):
+    """The same tables for a terminal: without targets and intervals, and the notes folded."""
+    header, rows = figure_table(figures)
+    rows = [[f"{row[0]} {row[1]}".removeprefix("simple "), *row[2:5]] for row in rows]
+    parts = [aligned([["", *header[2:5]], *rows])]
+    if differences:
+        header, rows = difference_table(differences)
+        rows = [[f"{row[0]}: {row[1]}", *row[2:4], *row[5:7]] for row in rows]
+        parts.append(aligned([["below zero, the first is better", *header[2:4], *header[5:7]], *rows]))
+    return "\n\n".join([*parts, *(textwrap.fill(line, 80) for line in lines if line)]) + "\n"
+
+
+def aligned(rows):
+    """Rows of text as lines, the first column to the left, the others to the right."""
+    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cells = [[row[0].ljust(width[0]), *map(str.rjust, row[1:], width[1:])] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
 def notes(rows, about, cells):

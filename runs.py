@@ -5,6 +5,9 @@
         config.json                     options, versions, data fingerprint, command, continuations
         checkpoints/step-00000100.pt    after iteration 100; the last few are kept
         checkpoints/best.pt             the best of validation
+        events.out.tfevents.*           for TensorBoard: one of each process that trained, and one of the test
+        projector/, projector_config.pbtxt    likewise: the items, once the run has ended
+        test.json                       what --test found
 
 A checkpoint is a header (magic, format version, step, length), the SHA-256 of header and payload, and the
 payload, which `torch.save` made of tensors and plain values only. It is loaded from the verified bytes with
@@ -230,7 +233,7 @@ def is_alive(process):
 
 def remove_leftovers(folder):
     """Remove the temporary files of a run that was killed while writing."""
-    for pattern in ("config.json.*.tmp", "checkpoints/*.tmp"):
+    for pattern in ("*.tmp", "checkpoints/*.tmp"):
         for path in folder.glob(pattern):
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -241,7 +244,9 @@ def start_anew(folder, overwrite=False):
     files = [*find_checkpoints(folder).values(), *Path(folder).glob("checkpoints/best.pt")]
     if files and not overwrite:
         raise UserError(f"{folder} holds a run already: go on with --resume or choose another --log_dir")
-    for path in [*files, *Path(folder).glob("events.out.tfevents.*"), *Path(folder).glob("test.json")]:
+    for pattern in ("events.out.tfevents.*", "projector*", "projector/*.tsv", "test.json"):
+        files += filter(Path.is_file, Path(folder).glob(pattern))
+    for path in files:
         try:
             path.unlink()
         except OSError as error:

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 
 import baselines
+import events
 import metrics
 import options as option_module
 import runs
@@ -64,6 +65,7 @@ def test(folder, options):
         report["simple_predictors"] = simple_predictors(problem, stored, scored)
         print_table(report["simple_predictors"])
     runs.write_json(folder / "test.json", report)
+    events.log_test(folder, report, runs.load_checkpoint(path)["step"])
     print(f"written to {folder / 'test.json'}", file=sys.stderr)
     return 0
 

@@ -1,139 +1,148 @@
 """What a run shows: its progress bar, its lines in a log file, its TensorBoard events."""
 
-import io
-import os
-import re
-import socket
 import sys
-import time
 
 import numpy as np
 import torch
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
+import baselines
 import dataloader
-import maml
+import events
 import metrics
+import projector
 import runs
+from events import EventLog
 
+GUIDE = """`{command}`
 
-class EventLog:
-    """TensorBoard events in a new file of a folder, written by `flush`.
+{n_train:,} training, {n_validation:,} validation and {n_test:,} test users; {n_items:,} items; {n_ratings:,} ratings \
+from {low:g} to {high:g}; {n_parameters:,} parameters on {device}.
 
-    Not torch's SummaryWriter, which writes from a thread: there, a full disk is noticed late, and a checkpoint
-    may be on the disk before the points that it counts on.
-    """
-
-    def __init__(self, folder, purge_step=None):
-        """With `purge_step`, readers drop what the files before it hold from that step on."""
-        stamps = re.findall(r"tfevents\.(\d{10})\.", " ".join(path.name for path in folder.glob("events.*")))
-        stamp = max([int(time.time()), *(int(earlier) + 1 for earlier in stamps)])  # files are read in order of names
-        self.path = folder / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
-        self.pending = io.BytesIO()
-        self.add(file_version="brain.Event:2")
-        if purge_step is not None:
-            self.add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-        self.flush()
-
-    def add(self, **fields):
-        RecordWriter(self.pending).write(Event(wall_time=time.time(), **fields).SerializeToString())
-
-    def add_scalar(self, tag, value, step):
-        self.add(step=step, summary=summary.scalar(tag, value))
-
-    def flush(self):
-        """Have all events on the disk; UserError where they cannot be written."""
-        try:
-            with open(self.path, "ab") as file:
-                file.write(self.pending.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise runs.cannot_write(self.path, error) from error
-        self.pending = io.BytesIO()
+* **Custom Scalars**: is training healthy? `validation/rmse` should fall below the simple predictors' lines, and below \
+`validation/rmse_unadapted`, or adapting is of no use.
+* **Histograms**: `inner_rate` and `inner_damping`, the learned step sizes of each part that adapts to a user, and by \
+how many ratings users with few of them are held back; `loss_weight`, what ratings count in a user's loss (1: as in \
+the squared error).
+* **HParams**: options and final figures of all runs. **Projector**: the items of the best checkpoint, \
+when a run has ended.
+"""
 
 
 def open_log(run):
-    """An `EventLog` in the run's folder; a run that goes on replaces the points behind its checkpoint."""
-    validated = run.loop["validated"]
-    if validated >= 0:
-        return EventLog(run.folder, purge_step=validated + 1)
-    log = EventLog(run.folder)
-    rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(run.options).items()))
-    log.add(summary=summary.text("options", f"| option | value |\n|---|---|\n{rows}"))
+    """An `EventLog` in the run's folder; a run that goes on replaces the points behind its checkpoint.
+
+    It also knows the RMSE of simple predictors on the validation users, in `simple`. Says what is to be trained.
+    """
+    validated, options, problem = run.loop["validated"], run.options, run.problem
+    log = EventLog(run.folder, validated + 1 if validated >= 0 else None)
+    users = problem.validation[: options.val_size]
+    log.simple = baselines.reference_rmse(
+        problem.ratings, problem.train, users, options.max_seq_len, options.val_targets
+    )
+    if validated < 0:
+        log_start(run, log)
+    parts = [len(users) for users in (problem.train, problem.validation, problem.test)]
+    print(f"{run.folder}")
+    print("{:,} users train, {:,} validate, {:,} test; {:,} items".format(*parts, len(problem.ratings.item_ids)))
+    print("validation RMSE to beat: " + ", ".join(f"{name} {value:.4f}" for name, value in log.simple.items()))
+    if run.loop["iteration"]:
+        print(f"going on after iteration {run.loop['iteration']}")
+    sys.stdout.flush()
     return log
 
 
+def log_start(run, log):
+    """Log what a run has once: what to look at, its options, how charts are laid out."""
+    options, problem, ratings = run.options, run.problem, run.problem.ratings
+    text = GUIDE.format(
+        command=runs.command_line(), n_train=len(problem.train), n_validation=len(problem.validation),
+        n_test=len(problem.test), n_items=len(ratings.item_ids), n_ratings=len(ratings.values), low=ratings.low,
+        high=ratings.high, n_parameters=sum(p.numel() for p in run.system.parameters()),
+        device=run.system.scale.device,
+    )  # fmt: skip
+    log.add(summary=summary.text("guide", text))
+    events.add_table(log, "options", sorted(vars(options).items()))
+    events.add_layout(log, options.use_adaptive_loss)
+    chosen = {name: value for name, value in vars(options).items() if name not in runs.MAY_CHANGE}
+    chosen["method"] = run.folder.name.rpartition("-")[2]
+    name = f"{run.folder.parent.name}/{run.folder.name}"
+    events.add_session(log, name, chosen, first=("mode", "model", "method", "fold", "random_seed"))
+
+
+def close_log(run, log):
+    """Log that the run has ended, and write the items of its best checkpoint for the projector."""
+    events.end_session(log)
+    log.flush()
+    projector.write(run.folder, run.problem.ratings, run.options)
+    best = run.loop["best_rmse"], run.loop["best_iteration"]
+    print("best validation RMSE {:.4f} after iteration {}; --test tests that checkpoint".format(*best))
+
+
 def progress(run):
-    """A progress bar on a terminal; elsewhere nothing, since `log_validation` prints a line each time."""
-    options = run.options
-    return tqdm(
-        total=options.num_train_iterations,
-        initial=run.loop["iteration"],
-        desc=run.folder.name,
-        unit="it",
-        dynamic_ncols=True,
-        disable=not sys.stderr.isatty(),
-    )
+    """A progress bar on a terminal, below the lines of `log_validation`; elsewhere nothing."""
+    total, done = run.options.num_train_iterations, run.loop["iteration"]
+    return tqdm(total=total, initial=done, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
 
 
 def log_validation(run, log, bar, scored):
     """Log the losses since the last validation, the validation figures, and what was learned."""
     loop, iteration = run.loop, run.loop["iteration"]
+    std, levels = run.problem.std, run.problem.ratings.levels
     errors = scored.prediction - scored.target
-    (rmse, _), (mae, _) = metrics.rmse(errors**2), metrics.mean_with_error(abs(errors))
-    std = run.problem.std
+    found = metrics.summary(errors**2, abs(errors), metrics.nearest_level(scored.target, levels))
+    figures = {f"validation/{name}": found[name] for name in ("rmse", "mae", "macro_rmse")}
+    figures["validation/best_rmse"] = loop["best_rmse"]
     if loop["since"]:
         before, after, absolute, norm = (total / loop["since"] for total in loop["sums"])
-        log.add_scalar("train/loss", after, iteration)
-        log.add_scalar("train/rmse", std * after**0.5, iteration)
-        log.add_scalar("train/mae", std * absolute, iteration)
-        log.add_scalar("train/rmse_unadapted", std * before**0.5, iteration)
-        log.add_scalar("train/gradient_norm", norm, iteration)
-        bar.set_postfix(loss=f"{after:.4f}", val_rmse=f"{rmse:.4f}")
-    log.add_scalar("validation/loss", float((errors**2).mean()) / std**2, iteration)
-    log.add_scalar("validation/rmse", rmse, iteration)
-    log.add_scalar("validation/mae", mae, iteration)
-    log.add_scalar("validation/rmse_unadapted", metrics.rmse((scored.unadapted - scored.target) ** 2)[0], iteration)
-    log.add_scalar("charts/iterations_per_second", iteration / max(loop["seconds"], 1e-9), iteration)
-    for group in run.optimizer.param_groups:
-        log.add_scalar(f"learning_rate/{group['name']}", group["lr"], iteration)
+        figures |= {"train/rmse": std * after**0.5, "train/mae": std * absolute, "train/gradient_norm": norm}
+    if run.options.num_inner_steps:
+        figures["validation/rmse_unadapted"] = metrics.rmse((scored.unadapted - scored.target) ** 2)[0]
+        if loop["since"]:
+            figures["train/rmse_unadapted"] = std * before**0.5
+    figures |= {f"simple/{name.replace(' ', '_')}": value for name, value in log.simple.items()}
+    figures["charts/iterations_per_second"] = iteration / max(loop["seconds"], 1e-9)
+    figures["charts/learning_rate"] = run.optimizer.param_groups[0]["lr"]
     if loop["skipped"]:
-        log.add_scalar("train/skipped_iterations", loop["skipped"], iteration)
+        figures["train/skipped_iterations"] = loop["skipped"]
+    for tag, value in figures.items():
+        log.add_scalar(tag, value, iteration)
     log_learned(run, log)
     log.flush()
-    if bar.disable:
-        shown = f"loss {loop['sums'][1] / loop['since']:.4f}  " if loop["since"] else ""
-        print(f"iteration {iteration:6d}  {shown}validation RMSE {rmse:.4f}  {loop['seconds']:.0f} s", flush=True)
+    training = f"training RMSE {figures['train/rmse']:.4f}  " if loop["since"] else " " * 22
+    line = f"iteration {iteration:6d}  {training}validation RMSE {found['rmse']:.4f}  {loop['seconds']:5.0f} s"
+    bar.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def log_learned(run, log):
-    """Log inner rates by tensor and step, step weights, and the weight given to each rating value."""
-    options, iteration = run.options, run.loop["iteration"]
-    for name, rates in run.average.module.rates.log_rate.items():
-        for step, rate in enumerate(rates.detach().exp()):
-            log.add_scalar(f"inner_rate/{name.replace('/', '.')}/step_{step + 1}", rate.mean().item(), iteration)
-    for step, weight in enumerate(maml.objective_weights(options, iteration)[1:].tolist()):
-        log.add_scalar(f"step_weight/step_{step + 1}", weight, iteration)
-    if options.use_adaptive_loss:
-        for level, weight in zip(run.problem.ratings.levels, weight_by_level(run), strict=True):
-            if np.isfinite(weight):
-                log.add_scalar(f"rating_weight/{level:g}", weight, iteration)
+    """Log the inner rates and dampings of each part that adapts, and what the loss network made of the ratings."""
+    iteration, rates = run.loop["iteration"], run.average.module.rates
+    for kind, tensors in (("inner_rate", rates.log_rate), ("inner_damping", rates.log_damping)):
+        parts = {}
+        for name, values in tensors.items():
+            part = name.split("/")[0] if name.startswith("encoder") else name.split("/")[-1]
+            parts.setdefault(part, []).append(values.detach().exp().flatten().cpu().numpy())
+        for part, values in parts.items():
+            log.add_histogram(f"{kind}/{part}", np.concatenate(values), iteration)
+    if run.options.use_adaptive_loss:
+        weights, level = rating_weights(run)
+        log.add_histogram("loss_weight/all_ratings", weights, iteration)
+        mean = weights.mean(1)
+        for number, value in enumerate(run.problem.ratings.levels):
+            if (level == number).any():
+                log.add_scalar(f"loss_weight/rating_{value:g}", mean[level == number].mean(), iteration)
 
 
 @torch.no_grad()
-def weight_by_level(run, most_users=256):
-    """Mean weight that the loss network gives to each rating level over validation users; nan where none has it."""
+def rating_weights(run, most_users=256):
+    """Weights that the loss network gives to the support ratings of some validation users at each inner step (n, K),
+    and the numbers of these ratings' levels (n,)."""
     users = run.problem.validation[:most_users]
     tasks = dataloader.last_tasks(run.problem.sequences, users, run.options)
     device = run.system.scale.device
     tasks = dataloader.Tasks(*(tensor.to(device) for tensor in tasks))
-    weights = run.average.module.explain(tasks)[1].mean(1)[tasks.support].cpu().numpy()
+    weights = run.average.module.explain(tasks)[1].movedim(1, -1)[tasks.support].cpu().numpy()
     values = run.average.module.to_rating(tasks.ratings[tasks.support]).cpu().numpy()
-    level = metrics.nearest_level(values, run.problem.ratings.levels)
-    return [
-        weights[level == i].mean() if (level == i).any() else np.nan for i in range(len(run.problem.ratings.levels))
-    ]
+    return weights, metrics.nearest_level(values, run.problem.ratings.levels)

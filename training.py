@@ -307,6 +307,8 @@ def iterate(run, stop):
         train_iteration(run)
         bar.update()
     bar.close()
+    if last:
+        tracking.close_log(run, log)
 
 
 def is_save_due(run, saved):

@@ -13,11 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import LEARNERS, options
 
 import dataloader
 import main
 import maml
+import picture
 import recommend
 import recommender as recommender_module
 import runs
@@ -373,8 +376,8 @@ def test_explanation_in_every_format(command, tmp_path):
         ("b", 5, 3),
     ]
     out, err = command(text, "--top=2", "--explain")
-    assert len(table(out)) == 4 and "weight_5" in err
-    assert "weight_5" in command(text, "--top=2", "--explain", "--format=table")[0]
+    assert len(table(out)) == 4 and "weight of each rating" in err
+    assert "weight of each rating" in command(text, "--top=2", "--explain", "--format=table")[0]
     command(text, "--top=2", "--explain", f"--output={tmp_path / 'top.csv'}", f"--plot={tmp_path / 'me.png'}")
     assert len(pd.read_csv(tmp_path / "top-weights.csv")) == 3
     assert (tmp_path / "me.png").read_bytes().startswith(b"\x89PNG")
@@ -385,6 +388,43 @@ def test_explaining_a_user_without_known_ratings(command, tmp_path):
     rows = table(out)
     assert [row["after_0"] for row in rows] == [row["after_5"] for row in rows]
     assert (tmp_path / "me.png").exists()
+
+
+def test_tables_fit_a_terminal_of_80_columns(command, tmp_path, monkeypatch):
+    (tmp_path / "titles.csv").write_text(
+        "item,title\n" + "".join(f"{i},{'Very long title ' * 5}{i}\n" for i in range(300))
+    )
+    monkeypatch.setenv("COLUMNS", "80")
+    flags = f"--titles={tmp_path / 'titles.csv'}", "--format=table", "--top=3"
+    for more in ((), ("--explain",)):
+        out, err = command(HEAD + "somebody,1,5\nsomebody,2,1\n", *flags, *more)
+        assert max(map(len, out.splitlines())) <= 80 and "..." in out
+        assert err.count("\r") == 0
+
+
+def test_items_of_a_picture_are_told_apart(problem):
+    _, recommender = stirred(problem)
+    support, _ = recommender.support([(item, 1 + item % 5) for item in recommender.item_ids[:9]])
+    groups = picture.tell_tale(recommender, support, 4)
+    numbers = [number for group in groups.values() for number in group]
+    assert len(numbers) == 12 and len(set(numbers)) == 12 and not set(numbers) & set(support.items.tolist())
+    assert [recommender.item_ids[n - 1] for n in groups["best now"]] == [
+        item for item, _ in recommender.top([support], 4)[0]
+    ]
+    found = recommender.explain(support, np.array(numbers))
+    rise = found.predictions[:, -1] - found.predictions[:, 0]
+    assert rise[4:8].min() > rise[8:].max()
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=15), st.floats(0.01, 1))
+def test_labels_are_apart_in_order_and_near(values, gap):
+    values = np.array(values)
+    places = picture.spread(values, gap)
+    order = np.argsort(values, kind="stable")
+    assert np.all(np.diff(places[order]) >= gap - 1e-9)
+    assert np.abs(places - values).max() <= gap * len(values) + 1e-9
+    if len(values) < 2 or np.diff(values[order]).min() >= gap:
+        np.testing.assert_allclose(places, values)
 
 
 BAD = {

@@ -1,16 +1,24 @@
-"""main.py and pretrain.py by their real command lines, at tiny sizes, on the bundled sample."""
+"""main.py, pretrain.py and the README's commands by their real command lines, at tiny sizes, on the bundled sample."""
 
 import contextlib
+import fcntl
 import io
 import json
+import os
+import re
+import shlex
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
+import compare
 import main
 import pretrain
+import recommend
 from utils import run_script
 
 SCRIPTS = {"main.py": main.main, "pretrain.py": pretrain.main}
@@ -133,3 +141,107 @@ def test_a_truncated_checkpoint_is_refused(trained):
 def test_help_is_grouped(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
     assert "inner loop:" in done.stdout and "--paper_form" in done.stdout
+
+
+# -----------------------------------------------------------------------------
+# the README
+
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True) for line in re.findall(r"^ {4}((?:python|torchrun|make|printf) .*)$", README, re.M)
+]
+
+
+def commands_of(*scripts):
+    return [words[2:] for words in COMMANDS if words[:2] in [["python", script] for script in scripts]]
+
+
+def test_training_commands_of_the_readme_run(tmp_path):
+    """In their order, each with the sample's data and tiny sizes added."""
+    found = [(words[1], words[2:]) for words in COMMANDS if words[0] == "python" and words[1] in SCRIPTS]
+    assert len(found) >= 9
+    small = *SMALL, "--lstm_hidden=4", "--lstm_input_size=3", "--num_samples=4", "--max_seq_len=8"
+    for script, flags in found:
+        flags = [flag.replace("_step=n", "_step=2") for flag in flags]
+        run(tmp_path, script, *flags, *SAMPLE, *small, *([] if "--test" in flags else ["--overwrite"]))
+
+
+def test_commands_for_new_users_run(trained, tmp_path):
+    """Their names of runs and files stand for those of a test."""
+    (tmp_path / "me.csv").write_text("user,item,rating\nme,17,5\nme,42,1\n")
+    (tmp_path / "users.csv").write_text("user,item,rating\nme,17,5\nyou,42,1\n")
+    (tmp_path / "to_score.csv").write_text("me,3\nyou,4\n")
+    (tmp_path / "movies.dat").write_text("17::Heat::Crime\n42::Alien::Horror\n")
+    found = commands_of("recommend.py")
+    assert len(found) >= 5
+    for flags in found:
+        words = [re.sub("log/[a-z0-9-]+", str(trained / "log/sample-bert4rec-melo"), flag) for flag in flags]
+        words = [word.replace("Data/ml-1m/", "") for word in words]
+        with contextlib.chdir(tmp_path), contextlib.redirect_stderr(io.StringIO()), capture() as out:
+            assert recommend.main([*words, "--device=cpu"]) == 0
+        assert "--top" not in " ".join(words) or out.getvalue()
+    assert {"scores.csv", "me.png", "melo.safetensors", "melo.md"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@contextlib.contextmanager
+def capture():
+    """Standard output as text; what is written to its buffer too."""
+    out = io.TextIOWrapper(io.BytesIO(), write_through=True)
+    out.getvalue = lambda: out.buffer.getvalue().decode()
+    with contextlib.redirect_stdout(out):
+        yield out
+
+
+def test_other_commands_of_the_readme_are_understood():
+    for flags in commands_of("compare.py"):
+        cells = compare.list_cells(args := compare.parse(flags))
+        assert all(compare.read_options(args, cell) for cell in cells)
+    targets = {words[1] for words in COMMANDS if words[0] == "make"}
+    assert targets <= set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)) and "demo" in targets
+    named = {word for words in COMMANDS for word in words if word.endswith(".py")}
+    assert named and all((ROOT / name).exists() for name in named)
+    for link in re.findall(r"\]\(([a-z][^):]*)\)", README):
+        assert (ROOT / link).exists() or link == "docs/SCALING.md", link
+
+
+def test_every_message_that_has_a_remedy_can_come():
+    table = README[README.index("## If something goes wrong") :].split("\n## ")[0]
+    messages = [part for row in re.findall(r"^\| (`.*?) \| ", table, re.M) for part in re.findall("`([^`]+)`", row)]
+    sources = [path.read_text() for path in (*ROOT.glob("*.py"), ROOT / "Makefile")]
+    assert len(messages) >= 15
+    for message in messages:
+        pieces = [piece.strip() for piece in message.split("...") if piece.strip()]
+        assert any(all(piece in source for piece in pieces) for source in sources) or "/" in message, message
+
+
+# -----------------------------------------------------------------------------
+# what a terminal shows
+
+
+def test_a_log_file_is_a_line_a_validation(tmp_path):
+    out, error = run(tmp_path, "main.py", *SAMPLE, *SMALL)
+    lines = out.splitlines()
+    assert [line.split()[:2] for line in lines if line.startswith("iteration")] == [
+        ["iteration", str(i)] for i in range(3)
+    ]
+    assert len(lines) == 3 + 3 + 1 and error == ""
+    assert max(map(len, lines)) <= 80 and not set(out) & {"\r", "\x1b"}
+
+
+def test_a_terminal_of_80_columns_is_not_overrun(tmp_path):
+    """A real terminal's other end, where the bar is drawn below the lines."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    words = [sys.executable, ROOT / "main.py", *SAMPLE, *SMALL]
+    process = subprocess.Popen(words, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal is gone when the process is
+        while data := os.read(ours, 10_000):
+            shown += data
+    os.close(ours)
+    assert process.wait(60) == 0
+    text = shown.decode()
+    assert max(map(len, re.split("[\r\n]+", text))) <= 80
+    assert len(re.findall(r"iteration +\d .* validation RMSE \d", text)) == 3 and "0/2" in text

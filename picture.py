@@ -1,0 +1,112 @@
+"""A picture of what adapting does for one user: what each rating counted, and how predictions moved."""
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "melo"}
+COLOURS = ("#0072B2", "#009E73", "#D55E00")  # of Okabe and Ito
+WIDEST = 34  # characters of a title
+
+
+def tell_tale(recommender, support, n):
+    """Catalogue numbers of the user's `n` best items after adapting, and of those that rose and that fell most.
+
+    Without what was rated: {what they are: numbers}. An item that could stand twice stands first.
+    """
+    rest = np.delete(np.arange(1, len(recommender.item_ids) + 1), support.items - 1)
+    predictions = recommender.explain(support, rest).predictions
+    rise, groups, seen = predictions[:, -1] - predictions[:, 0], {}, set()
+    for what, score in (("best now", predictions[:, -1]), ("rose most", rise), ("fell most", -rise)):
+        order = [place for place in np.argsort(-score, kind="stable").tolist() if place not in seen][:n]
+        seen.update(order)
+        groups[what] = rest[order].tolist()
+    return groups
+
+
+def draw(found, groups, name):
+    """A figure of one user's `Explanation`, whose predictions are of the items of `groups`, {what they are: items}.
+
+    `name(item)` is what an item is called.
+    """
+    items = [item for group in groups.values() for item in group]
+    colours = [colour for colour, group in zip(COLOURS, groups.values(), strict=False) for _ in group]
+    with matplotlib.rc_context(STYLE):
+        height = max(3.8, 1.5 + 0.23 * max(len(found.items), len(items)))
+        figure = Figure(figsize=(10, height), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
+        draw_weights(left, found, name)
+        draw_moves(right, found.predictions, [shorten(name(item)) for item in items], colours)
+        for colour, what in zip(COLOURS, groups, strict=False):
+            right.plot([], color=colour, marker="o", markersize=3, label=what)
+        if len(groups) > 1:
+            right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize=8)
+        count = f"{len(found.items)} rating" + "s" * (len(found.items) != 1)
+        figure.suptitle(f"What adapting to {count} of a user does", fontsize=12, fontweight="bold")
+    return figure
+
+
+def draw_weights(axes, found, name):
+    """A cell for each rating and inner step, coloured by the weight, 1 being white."""
+    axes.set_title("What each rating counts in the loss\n(1: as in the squared error)", fontsize=10)
+    weights = found.weights
+    if not weights.size:
+        axes.set_axis_off()
+        return
+    furthest = max(0.1, np.abs(weights - 1).max())
+    axes.imshow(weights, aspect="auto", cmap="RdBu_r", norm=Normalize(1 - 1.2 * furthest, 1 + 1.2 * furthest))
+    for row, column in np.ndindex(weights.shape):
+        colour = "white" if abs(weights[row, column] - 1) > 0.75 * furthest else "#333333"
+        axes.text(column, row, f"{weights[row, column]:.1f}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set_yticks(range(len(weights)), [f"{r:g}" for r in found.ratings], fontweight="bold")
+    for row, item in enumerate(found.items):
+        axes.annotate(
+            shorten(name(item)), (0, row), (-24, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+            ha="right", va="center",
+        )  # fmt: skip
+    axes.annotate(
+        "rated", (0, 1), (-7, 4), xycoords="axes fraction", textcoords="offset points", ha="center", fontsize=8
+    )
+    axes.set_xticks(range(weights.shape[1]), range(1, weights.shape[1] + 1))
+    axes.set_xlabel("inner step")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def draw_moves(axes, predictions, names, colours):
+    """A line for each item (n, K + 1), from the unadapted prediction on, with its name at the end."""
+    axes.set_title("How predictions move\n", fontsize=10)
+    last = predictions.shape[1] - 1
+    low, high = predictions.min(), predictions.max()
+    gap = 1.15 * max(high - low, 0.1) / max(11, len(names))
+    heights = spread(predictions[:, -1], gap)
+    for line, label, height, colour in zip(predictions, names, heights, colours, strict=True):
+        axes.plot(line, color=colour, linewidth=1.4, marker="o", markersize=3)
+        axes.annotate(
+            f"{line[-1]:.2f}  {label}", (last, line[-1]), (last * 1.09, height), color=colour, fontsize=8, va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0},
+        )  # fmt: skip
+    axes.set_yticks([tick for tick in axes.get_yticks() if low - gap <= tick <= high + gap])
+    axes.set_ylim(min(low, heights.min()) - gap, max(high, heights.max()) + gap)
+    axes.set_xticks(range(last + 1), ["unadapted", *range(1, last + 1)])
+    axes.set(xlabel="inner steps", ylabel="predicted rating")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+
+
+def spread(values, gap):
+    """Values (n,) moved as little as makes neighbours at least `gap` apart, in the same order."""
+    order = np.argsort(values, kind="stable")
+    groups = []  # of neighbours that touch: [where the lowest stands, how many there are]
+    for value in values[order]:
+        groups.append([float(value), 1])
+        while len(groups) > 1 and groups[-1][0] < groups[-2][0] + groups[-2][1] * gap:
+            (low, below), (high, above) = groups[-2:]
+            groups[-2:] = [[(below * low + above * (high - below * gap)) / (below + above), below + above]]
+    out = np.empty(len(values))
+    out[order] = np.concatenate([low + gap * np.arange(count) for low, count in groups])
+    return out
+
+
+def shorten(text):
+    return text if len(text) <= WIDEST else text[: WIDEST - 3].rstrip() + "..."

@@ -1,0 +1,213 @@
+"""What TensorBoard itself shows of tiny runs, asked through its HTTP interface, and the pieces that make it."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import numpy as np
+import pytest
+from running import ITERATIONS, NAMES, command, read_events
+
+import baselines
+import events
+import main
+import options as option_module
+import pretrain
+import projector
+import runs
+import testing
+import training
+
+PATIENCE = 90  # seconds
+MELO, BASIC = NAMES["main"], NAMES["pretrain"]
+SCALARS = {
+    "train/rmse", "train/rmse_unadapted", "train/mae", "train/gradient_norm",
+    "validation/rmse", "validation/rmse_unadapted", "validation/best_rmse", "validation/mae", "validation/macro_rmse",
+    "simple/damped_means", "simple/matrix_factorisation", "charts/iterations_per_second", "charts/learning_rate",
+    "test/rmse", "test/mae", "test/macro_rmse",
+}  # fmt: skip
+PARTS = ("user_bias", "user_vector", "state_weight")
+HISTOGRAMS = {f"{kind}/{part}" for kind in ("inner_rate", "inner_damping") for part in PARTS}
+HISTOGRAMS.add("loss_weight/all_ratings")
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    """A log folder with a run of main.py, tested twice, and one of pretrain.py."""
+    place = tmp_path_factory.mktemp("tensorboard") / "log"
+    assert main.main(command(place)) == 0
+    assert main.main(command(place, "--test")) == 0
+    assert main.main(command(place, "--test")) == 0
+    assert pretrain.main(command(place)) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def ask(log):
+    """A function that asks a real TensorBoard: ask("scalars/tags"), ask("hparams/experiment", {...})."""
+    words = [sys.executable, "-m", "tensorboard.main", f"--logdir={log}", "--host=127.0.0.1", "--port=0"]
+    output = log.parent / "tensorboard.txt"
+    with output.open("w") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        where = wait_for(lambda: re.search(r"http://127\.0\.0\.1:\d+/", output.read_text()))[0]
+
+        def ask(path, body=None, as_json=True):
+            data = None if body is None else json.dumps(body).encode()
+            request = urllib.request.Request(f"{where}data/plugin/{path}", data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                text = answer.read().decode()
+            return json.loads(text) if as_json else text
+
+        wait_for(lambda: {MELO, BASIC} <= ask("scalars/tags").keys())
+        yield ask
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+def wait_for(condition):
+    """What a condition gives once it is true."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            if found := condition():
+                return found
+        except (urllib.error.URLError, ConnectionError):
+            pass
+        time.sleep(0.1)
+    raise AssertionError("what was waited for did not come")
+
+
+def test_scalars_are_few_and_described(ask):
+    tags = ask("scalars/tags")
+    assert set(tags) == {MELO, BASIC}  # no stray sub-runs
+    by_rating = {tag for tag in tags[MELO] if tag.startswith("loss_weight/rating_")}
+    assert set(tags[MELO]) - by_rating == SCALARS and len(by_rating) == 5
+    adapting = {"train/rmse_unadapted", "validation/rmse_unadapted"}
+    assert set(tags[BASIC]) == {tag for tag in SCALARS - adapting if not tag.startswith("test/")}
+    for tag, about in tags[MELO].items():
+        assert about["description"] or tag in by_rating, tag
+
+
+def test_every_custom_scalar_finds_its_lines(ask):
+    layout = ask("custom_scalars/layout")
+    charts = {chart["title"]: chart["multiline"]["tag"] for part in layout["category"] for chart in part["chart"]}
+    assert len(charts) == 5
+    found = {}
+    for title, patterns in charts.items():
+        for pattern in patterns:
+            path = f"custom_scalars/scalars?run={MELO}&tag={urllib.parse.quote(pattern)}"
+            found.setdefault(title, set()).update(ask(path)["tag_to_events"])
+    assert found["RMSE: training, validation, simple predictors"] == {
+        "train/rmse", "validation/rmse", "simple/damped_means", "simple/matrix_factorisation"
+    }  # fmt: skip
+    assert all(found.values())
+    lines = ask(f"scalars/scalars?run={MELO}&tag=simple/damped_means")
+    assert [step for _, step, _ in lines] == [0, 5, 10, 12] and len({value for *_, value in lines}) == 1
+
+
+def test_histograms(ask):
+    assert set(ask("histograms/tags")[MELO]) == HISTOGRAMS
+    steps = ask(f"histograms/histograms?run={MELO}&tag=inner_rate/state_weight")
+    assert [step for _, step, _ in steps] == [0, 5, 10, 12]
+    n_rates = 2 * 8  # inner steps x hidden units
+    assert sum(count for *_, count in steps[-1][2]) == pytest.approx(n_rates)
+
+
+def test_text(ask):
+    assert set(ask("text/tags")[MELO]) == {"guide/text_summary", "options/text_summary"}
+    assert "num_inner_steps" in ask(f"text/text?run={MELO}&tag=options/text_summary")[0]["text"]
+
+
+def test_hparams_hold_options_and_final_figures(ask, log):
+    infos = ask("hparams/experiment", {"experimentName": ""})["hparamInfos"]
+    columns = [{"hparam": info["name"], "includeInResult": True} for info in infos]
+    metrics = [{"metric": {"tag": tag}} for tag in events.FINAL]
+    asked = {"colParams": columns + metrics, "startIndex": 0, "sliceSize": 10, "allowedStatuses": ["STATUS_SUCCESS"]}
+    groups = {group["name"]: group for group in ask("hparams/session_groups", asked)["sessionGroups"]}
+    assert set(groups) == {f"log/{MELO}", f"log/{BASIC}"}
+    options = groups[f"log/{MELO}"]["hparams"]
+    assert options["method"] == "melo" and options["batch_size"] == 4 and options["use_multi_step"] is True
+    assert not options.keys() & {"log_dir", "data_path", "device"}
+    figures = {value["name"]["tag"]: value["value"] for value in groups[f"log/{MELO}"]["metricValues"]}
+    report = json.loads((log / MELO / "test.json").read_text())
+    assert figures.keys() == events.FINAL.keys()
+    for name in ("rmse", "mae", "macro_rmse"):
+        assert figures[f"test/{name}"] == pytest.approx(report[name], rel=1e-6)
+
+
+def test_projector_has_every_item(ask, log):
+    embeddings = ask(f"projector/info?run={MELO}")["embeddings"]
+    assert [(each["tensorName"], each["tensorShape"][1]) for each in embeddings] == [("item factors", 2)]
+    lines = ask(f"projector/metadata?run={MELO}&name=item%20factors", as_json=False).splitlines()
+    ids = runs.load_checkpoint(runs.checkpoint_path(log / MELO))["item_ids"]
+    assert lines[0] == "item\tratings\tmean rating" and [int(line.split("\t")[0]) for line in lines[1:]] == ids
+
+
+# -----------------------------------------------------------------------------
+# the pieces
+
+
+@pytest.fixture
+def problem(log):
+    return training.load_problem(option_module.parse("", command(log)))
+
+
+def test_reference_lines_are_scored_on_the_targets_of_validation(log, problem, monkeypatch):
+    system, options, _ = testing.load_system(runs.checkpoint_path(log / MELO), option_module.parse("", command(log)))
+    scored = training.evaluate(system, problem, problem.validation, num_targets=3)
+    targets, prediction_errors = [], baselines.prediction_errors
+
+    def watch(target, *rest):
+        targets.append(target)
+        return prediction_errors(target, *rest)
+
+    fitting = problem.ratings, problem.train, problem.validation, options.max_seq_len, 3
+    found = baselines.reference_rmse(*fitting)
+    monkeypatch.setattr(baselines, "prediction_errors", watch)
+    assert found == baselines.reference_rmse(*fitting)
+    assert np.array_equal(np.concatenate(targets[:3]), scored.target)
+    assert 0 < found["matrix factorisation"] < found["damped means"] < scored.target.std()
+
+
+@pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [2.0] * 5, [-1.0, 1.0, 5.0], [1e-12, 1e-12 * 1.5]])
+def test_histogram_counts_all_values_within_its_edges(values):
+    values = np.array(values)
+    made = events.histogram(values)
+    assert sum(made.bucket) == len(values) and len(made.bucket) == len(made.bucket_limit)
+    assert made.bucket_limit[0] <= values.min() and made.bucket_limit[-1] >= values.max()
+    assert np.all(np.diff(made.bucket_limit) > 0)
+
+
+def test_the_most_rated_items_are_shown_with_titles_beside_the_ratings(log, problem, tmp_path, monkeypatch):
+    folder, ratings = log / MELO, problem.ratings
+    count = np.bincount(ratings.items)
+    most = np.sort(ratings.item_ids[np.argsort(-count, kind="stable")[:3]])
+    (tmp_path / "movies.csv").write_text("movieId,title\n" + "".join(f'{item},"Film\t{item}"\n' for item in most))
+    options = option_module.parse("", command(log, f"--data_path={tmp_path / 'ratings.csv'}"))
+    monkeypatch.setattr(projector, "MOST_ITEMS", 3)
+    before = (folder / "projector_config.pbtxt").read_text()
+    projector.write(folder, ratings, options)
+    lines = (folder / "projector" / "items.tsv").read_text().splitlines()
+    assert [line.split("\t")[:2] for line in lines[1:]] == [[f"Film {item}", str(item)] for item in most]
+    assert len((folder / "projector" / "item_factor.tsv").read_text().splitlines()) == 3
+    assert (folder / "projector_config.pbtxt").read_text() == before
+
+
+def test_a_test_leaves_one_file_and_the_curves_as_they_were(log):
+    assert len(list((log / MELO).glob(f"{events.TEST_FILE}*"))) == 1
+    scalars = read_events(log / MELO)
+    assert [event.step for event in scalars.Scalars("validation/rmse")] == [0, 5, 10, ITERATIONS]
+    assert len(scalars.Scalars("test/rmse")) == 1
+
+
+def test_beginning_anew_leaves_nothing_of_the_run_before(log):
+    runs.start_anew(log / BASIC, overwrite=True)
+    left = {path.name for path in (log / BASIC).rglob("*") if path.is_file()}
+    assert left == {"config.json", "lock"}
