@@ -29,6 +29,7 @@ class Tasks(NamedTuple):
     query_items: torch.Tensor  # (T, Q) places in the task's table
     query_ratings: torch.Tensor  # (T, Q) standardised targets
     query: torch.Tensor  # (T, Q) whether there is a query
+    part: torch.Tensor  # (T,) part of the users, from 1, whose item tables were fitted without the user; 0: none
     query_last: torch.Tensor  # (T,) last position of the query's history in row 0; -1: no history
 
 
@@ -92,7 +93,8 @@ def sample_tasks(sequences, users, options, *stream):
     cut = rng.integers(1, most + 1)
     n_support = np.where(rng.random(count) < options.full_support, most, cut)
     start = sequences.offsets[user] + rng.integers(0, length - n_support - n_query + 1)
-    return build_tasks(sequences, start, n_support, n_query, options, rng)
+    tasks = build_tasks(sequences, start, n_support, n_query, options, rng)
+    return tasks._replace(part=torch.from_numpy(user % options.cross_fit + 1)) if options.cross_fit else tasks
 
 
 def last_tasks(sequences, users, options, shots=None, back=0):
@@ -150,6 +152,7 @@ def assemble(sequences, start, n_support, query_items, query_ratings, query, opt
         query_items=slots[:, split:],
         query_ratings=query_ratings.astype(np.float32),
         query=query,
+        part=np.zeros(len(start), np.int64),
         query_last=n_support - 1,
     )
     return Tasks(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))

@@ -71,8 +71,7 @@ def look_up(learner, tasks, sparse=False):
     Exact, because under gradient steps rows of items that a task does not use never move. With `sparse` the tables'
     gradients are sparse.
     """
-    names = learner.table_names()
-    return {name: F.embedding(tasks.table, learner.get_parameter(name), sparse=sparse) for name in names}
+    return {name: learner.rows(name, tasks, sparse) for name in learner.table_names()}
 
 
 def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
@@ -182,13 +181,13 @@ class MetaLearner(nn.Module):
     """
 
     def __init__(self, n_items, options, scale, item_counts=None, start=None):
-        """`scale` is (mean, std, low, high) of the ratings; `start`, item effects (n,) and factors (n, k) in std."""
+        """`scale` is (mean, std, low, high) of the ratings; `start`, item tables {name: (n_items, width)}."""
         super().__init__()
         self.options = options
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
         self.learner = Learner(n_items, options)
         if start is not None:
-            self.learner.start_items(*start)
+            self.learner.start_items(start)
         self.rates = InnerRates(self.learner, options, item_counts)
         mean, std, low, high = scale
         self.loss_network = loss_network.build(options, ((low - mean) / std, (high - mean) / std))

@@ -11,6 +11,7 @@ PAPER_FORM = {
     "head": "plain",
     "adapt": "all",
     "init_items": "random",
+    "normalize_loss": True,
     "inner_rates": "tensor",
     "inner_damping": 0.0,
     "inner_lr": 1e-3,
@@ -45,7 +46,7 @@ PAPER_FORM = {
 
 # Chosen on validation users of each data set; see results/EXPERIMENTS.md.
 DATA_DEFAULTS = {
-    "amazon": {"outer_lr": 1e-3, "item_lr": 1e-4, "factor_prior": 40.0},
+    "amazon": {"outer_lr": 5e-4, "item_lr": 1e-4, "num_factors": 8, "factor_prior": 40.0},
     "ml-100k": {"factor_prior": 20.0, "num_test_data": 150},
     "ml-latest-small": {"num_test_data": 100},
     "sample": {"num_test_data": 150},
@@ -177,8 +178,10 @@ def add_learner_options(parser):
         choices=["joint", "plain"],
     )
     add("use_rating_input", False, true_or_false, "let the encoder read ratings, not items alone")
-    add("num_factors", 8, count(1), "width of item factors and user vector (joint head)")
-    add("init_items", "factors", str, "start of item effects and factors (joint head)", choices=["factors", "random"])
+    add("num_factors", 16, count(1), "width of item factors and user vector (joint head)")
+    add("error_heads", 2, count(0), "heads of the attention over a user's earlier errors (joint head); 0 = none")
+    add("init_items", "factors", str, "start of the item tables (joint head)", choices=["factors", "random"])
+    add("cross_fit", 4, count(0), "factors: training users meet tables fitted without their part of so many; 0 = all")
     add("factor_prior", 10.0, real(1e-6), "factors: pseudo-ratings that pull each item's factors to 0")
     add("model_init_seed", 5, count(0, 2**32 - 1), "seed of the initial weights")
     add("bert_num_blocks", 2, count(1), "blocks of BERT4Rec and SASRec")
@@ -228,7 +231,7 @@ def add_loss_options(parser):
     add = group(parser, "task-adaptive loss")
     add("use_adaptive_loss", True, true_or_false, "learn a loss per user (MELO); False: squared error (MAML)")
     add("loss_network", "mlp", str, "what gives the weights", choices=["lstm", "mlp", "metal"])
-    add("normalize_loss", True, true_or_false, "scale the weights to mean 1 over a user's support")
+    add("normalize_loss", False, true_or_false, "scale the weights to mean 1 over a user's support")
     add("use_step_loss", True, true_or_false, "a loss network of its own for each inner step (mlp, metal)")
     add("loss_num_layers", 1, count(1), "hidden layers of the mlp")
     add("lstm_hidden", 16, count(1), "hidden size of the loss network")
@@ -244,7 +247,7 @@ def add_loss_options(parser):
 
 def add_outer_options(parser):
     add = group(parser, "outer loop")
-    add("num_train_iterations", 300, count(0), "meta-iterations")
+    add("num_train_iterations", 600, count(0), "meta-iterations")
     add("batch_size", 128, count(1), "tasks an iteration")
     add("task_chunk", 0, count(0), "tasks held in memory at once; 0 = as many as the cache holds")
     add("outer_lr", 3e-3, real(1e-9, 1e30), "learning rate of the learner, falling as a cosine")

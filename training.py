@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dataloader
 import datasets
-import factor_analysis
+import item_tables
 import maml
 import metrics
 import processes
@@ -56,17 +56,20 @@ def build_system(problem, options, fresh=True):
 
     In processes other than 0 its values count for nothing: `copy_first` overwrites them.
     """
-    fresh = fresh and processes.is_first()
     ratings, n_items, start, counts = problem.ratings, len(problem.ratings.item_ids), None, None
-    if fresh and options.head == "joint" and options.init_items == "factors":
-        start = factor_analysis.fit(
-            problem.sequences, problem.train, n_items, options.num_factors, options.factor_prior,
-            seed=options.model_init_seed,
-        )  # fmt: skip
+    fitting = problem.sequences, problem.train, n_items, options
+    fit_items = fresh and options.head == "joint" and options.init_items == "factors"
+    if fit_items and processes.is_first():
+        start = item_tables.fit(*fitting)
         of_train = np.repeat(np.isin(np.arange(len(ratings.user_ids)), problem.train), np.diff(ratings.offsets))
         counts = torch.from_numpy(np.bincount(ratings.items[of_train], minlength=n_items)).float()
     scale = (problem.mean, problem.std, ratings.low, ratings.high)
-    return maml.MetaLearner(n_items, options, scale, counts, start)
+    system = maml.MetaLearner(n_items, options, scale, counts, start)
+    if fit_items and options.cross_fit:
+        tables = {name: system.learner.get_parameter(name)[1:] for name in system.learner.table_names()}
+        nothing = {name: table.new_zeros(options.cross_fit + 1, *table.shape) for name, table in tables.items()}
+        system.learner.shift_items(item_tables.fit_apart(*fitting, start) if start else nothing)
+    return system
 
 
 def load_parameters(system, state, source):
@@ -390,7 +393,7 @@ def copy_first(run):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     moments = run.optimizer.state_dict()["state"]
     tensors = [tensor for number in numbers for _, tensor in sorted(moments[number].items())]
-    processes.copy_first([*run.system.state_dict().values(), *run.average.state_dict().values(), *tensors])
+    processes.copy_first([*run.system.buffers(), *run.system.parameters(), *run.average.state_dict().values(), *tensors])
 
 
 def restore(run, state):

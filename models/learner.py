@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.bert4rec import BERT4Rec
+from models.error_attention import ErrorAttention, add_errors
 from models.gru4rec import GRU4Rec
 from models.layers import Linear, last_state, look_up, spread
 from models.narm import NARM
@@ -28,34 +29,55 @@ class Learner(nn.Module):
             self.encoder = ENCODERS[options.model](options)
             self.read_rating = ReadRating(self.encoder.hidden) if options.use_rating_input else None
             hidden = self.encoder.hidden
-            self.head = JointHead(hidden, options.num_factors) if options.head == "joint" else PlainHead(hidden)
+            joint = options.head == "joint"
+            self.head = JointHead(hidden, options.num_factors) if joint else PlainHead(hidden)
+            self.errors = ErrorAttention(options, hidden) if joint and options.error_heads else None
         self.item_embedding = table(n_items, self.encoder.hidden, 0.02, generator)
-        if options.head == "joint":
+        if joint:
             self.item_effect = table(n_items, 1, 0.0, generator)
             self.item_factor = table(n_items, options.num_factors, 0.1, generator)
 
-    def start_items(self, effect, factor):
-        """Start item effects (n_items,) and factors (n_items, k) from these, in standard deviations."""
+    def start_items(self, tables):
+        """Start the item tables from {name: (n_items, width)}, effects and factors in standard deviations."""
         with torch.no_grad():
-            self.item_effect[1:, 0] = torch.as_tensor(effect)
-            self.item_factor[1:] = torch.as_tensor(factor)
+            for name, values in tables.items():
+                self.get_parameter(name)[1:] = torch.as_tensor(values)
+
+    def shift_items(self, shifts):
+        """Keep {name: (parts, n_items, width)} to be added to the tables for tasks of each part; no checkpoint has it."""
+        for name, values in shifts.items():
+            self.register_buffer(f"{name}_shift", F.pad(torch.as_tensor(values), (0, 0, 1, 0)), persistent=False)
+
+    def rows(self, name, tasks, sparse=False):
+        """The rows (T, U, width) of an item table that the tasks use, shifted for their parts of the users."""
+        rows, shift = F.embedding(tasks.table, self.get_parameter(name), sparse=sparse), f"{name}_shift"
+        return rows + getattr(self, shift)[tasks.part[:, None], tasks.table] if hasattr(self, shift) else rows
 
     def table_names(self):
         """Names of the tables that this learner has."""
         return [name for name in TABLES if hasattr(self, name)]
 
     def encode(self, tasks, tables):
-        """States of one task's positions (R, S, D) and queries (Q, D), without what the head adapts."""
+        """What does not hang on what the head adapts: (states of positions (R, S, D), of queries (Q, D), weights of
+        earlier errors or None)."""
         history = look_up(tables["item_embedding"], tasks.items)
         query = look_up(tables["item_embedding"], tasks.query_items)
         if self.read_rating is not None:
             history, query = self.read_rating(history, query, tasks, self.encoder.causal)
-        return self.encoder(history, query, tasks)
+        weights = None if self.errors is None else self.errors(tasks, tables)
+        return *self.encoder(history, query, tasks), weights
 
     def forward(self, tasks, tables, states=None):
         """Predictions of one task: (R, S) for its positions, (Q,) for its queries, in standard deviations."""
-        history, query = self.encode(tasks, tables) if states is None else states
-        return self.head(history, tasks.items, tables), self.head(query, tasks.query_items, tables)
+        history, query, weights = self.encode(tasks, tables) if states is None else states
+        found = self.head(history, tasks.items, tables), self.head(query, tasks.query_items, tables)
+        return found if weights is None else add_errors(found, weights, tasks)
+
+
+def hidden_size(options):
+    """Width of the encoder's states and of the item embeddings."""
+    units = {"narm": options.narm_hidden_size, "gru4rec": options.gru4rec_hidden_size}
+    return units.get(options.model, options.bert_hidden_units)
 
 
 def table(n_items, width, std, generator):
