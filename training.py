@@ -393,7 +393,8 @@ def copy_first(run):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     moments = run.optimizer.state_dict()["state"]
     tensors = [tensor for number in numbers for _, tensor in sorted(moments[number].items())]
-    processes.copy_first([*run.system.buffers(), *run.system.parameters(), *run.average.state_dict().values(), *tensors])
+    whole = [*run.system.buffers(), *run.system.parameters(), *run.average.state_dict().values()]
+    processes.copy_first([*whole, *tensors])
 
 
 def restore(run, state):

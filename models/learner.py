@@ -44,7 +44,7 @@ class Learner(nn.Module):
                 self.get_parameter(name)[1:] = torch.as_tensor(values)
 
     def shift_items(self, shifts):
-        """Keep {name: (parts, n_items, width)} to be added to the tables for tasks of each part; no checkpoint has it."""
+        """Keep {name: (parts, n_items, width)}, added to the tables for tasks of each part. No checkpoint has them."""
         for name, values in shifts.items():
             self.register_buffer(f"{name}_shift", F.pad(torch.as_tensor(values), (0, 0, 1, 0)), persistent=False)
 

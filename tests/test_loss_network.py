@@ -40,8 +40,8 @@ def test_a_fresh_network_is_the_squared_error(kind):
 
 
 @pytest.mark.parametrize("kind", WEIGHTED)
-def test_weights_have_mean_one_and_are_not_negative(kind):
-    network, _ = build(kind)
+def test_normalised_weights_have_mean_one_and_are_not_negative(kind):
+    network, _ = build(kind, normalize_loss=True)
     task, predictions = support()
     for step in range(2):
         found = network.weights(task, predictions, step)
@@ -52,7 +52,7 @@ def test_weights_have_mean_one_and_are_not_negative(kind):
 
 @pytest.mark.parametrize("kind", WEIGHTED)
 def test_without_normalisation_weights_keep_their_size(kind):
-    (free, _), (normal, _) = build(kind, normalize_loss=False), build(kind)
+    (free, _), (normal, _) = build(kind), build(kind, normalize_loss=True)
     task, predictions = support()
     found, normalised = free.weights(task, predictions, 0), normal.weights(task, predictions, 0)
     mean = found.sum() / task.support.sum()
@@ -73,7 +73,7 @@ def test_padding_does_not_count(kind):
 
 @pytest.mark.parametrize("kind", WEIGHTED)
 def test_hidden_positions_alone_count_for_a_cloze(kind):
-    network, _ = build(kind)
+    network, _ = build(kind, normalize_loss=True)
     task, predictions = support()
     hidden = task.support & (torch.arange(6) % 2 == 0)
     found = network.weights(task._replace(support=hidden), predictions, 0)
