@@ -152,7 +152,14 @@ def naive_attention(q, k, v, hide):
     return (weights @ v.transpose(-1, -2)).transpose(-1, -2)
 
 
+def naive_pairs(q, k, v, mask):
+    """`kernels.PairScores` for all pairs: q and k (..., R, S, D), v (..., D), mask (..., R, S, S) as the scores are."""
+    inside = torch.sigmoid(q[..., :, None, :] + k[..., None, :, :])
+    return (inside * v[..., None, None, None, :]).sum(-1) * mask
+
+
 NAIVE = {
+    kernels.PairScores: naive_pairs,
     kernels.GRUScan: naive_gru,
     kernels.Standardise: naive_norm,
     kernels.Gelu: F.gelu,

@@ -140,6 +140,69 @@ class AttendSlope(Function):
         )
 
 
+class PairScores(Function):
+    """Scores v . sigmoid(q_t + k_j) (..., R, S, S) where `mask` holds, else 0; q and k (..., R, S, D), v (..., D).
+
+    Packed windows are short, so few pairs hold: a list of them takes a fraction of all pairs' memory and time.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        at, of = places(mask)
+        group = at // (mask[..., 0].numel() // v[..., 0].numel())  # whose v it is
+        inside = torch.sigmoid(rows(q, at) + rows(k, of))
+        out = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+        out[mask] = (inside * rows(v, group)).sum(-1)
+        ctx.save_for_backward(inside, q, k, v, mask, at, of, group)
+        return out
+
+    @staticmethod
+    def backward(ctx, slope):
+        return *PairScoresSlope.apply(slope, *ctx.saved_tensors), None
+
+
+class PairScoresSlope(Function):
+    """Derivatives of `PairScores` in q, k and v: sums over pairs of g v s' for q_t and k_j, and of g s for v.
+
+    `inside`, the sigmoids s, is handed on to save time; the derivative counts it as the function of q and k it is.
+    """
+
+    @staticmethod
+    def forward(ctx, slope, inside, q, k, v, mask, at, of, group):
+        by_pair = slope[mask][:, None]
+        moved = inside * (1 - inside) * rows(v, group) * by_pair
+        ctx.save_for_backward(by_pair, inside, v, mask, at, of, group)
+        return add_rows(moved, at, q), add_rows(moved, of, k), add_rows(by_pair * inside, group, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, to_q, to_k, to_v):
+        by_pair, inside, v, mask, at, of, group = ctx.saved_tensors
+        own, along, flat = rows(v, group), rows(to_q, at) + rows(to_k, of), inside * (1 - inside)
+        to_own = rows(to_v, group)
+        to_slope = torch.zeros(mask.shape, dtype=v.dtype, device=v.device)
+        to_slope[mask] = (own * flat * along + to_own * inside).sum(-1)
+        moved = by_pair * flat * (own * along * (1 - 2 * inside) + to_own)
+        to_v = add_rows(by_pair * flat * along, group, v)
+        return to_slope, None, add_rows(moved, at, to_q), add_rows(moved, of, to_k), to_v, None, None, None, None
+
+
+def places(mask):
+    """Of each pair (t, j) that holds in `mask` (..., S, S), the places of t and of j among all positions, (P,) each."""
+    row, t, j = mask.flatten(0, -3).nonzero().unbind(1)
+    return row * mask.shape[-1] + t, row * mask.shape[-1] + j
+
+
+def rows(x, at):
+    """The rows (P, D) of x (..., D) at places `at` (P,) of its flattened dimensions."""
+    return F.embedding(at, x.reshape(-1, x.shape[-1]))
+
+
+def add_rows(values, at, like):
+    """The sums of values (P, D) at each place, in the shape of `like`; faster than `index_add`."""
+    return aten.embedding_dense_backward(values, at, like[..., 0].numel(), -1, False).view(like.shape)
+
+
 def across(x):
     return x.transpose(-1, -2)
 

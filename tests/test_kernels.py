@@ -32,6 +32,10 @@ def cases():
         for transposed in (True, False):
             arguments = (*step, random(*lead, 3 * SIZE, SIZE))
             yield kernels.Solve, arguments, lambda u, c, z, w, on=on, t=transposed: (u, c, z, on, w, t)
+        pairs = random(*lead, 2, 5, SIZE), random(*lead, 2, 5, SIZE, seed=1), random(*lead, SIZE)
+        mask = (torch.rand(*lead, 2, 5, 5, generator=torch.Generator().manual_seed(3)) > 0.5).tril()
+        yield kernels.PairScores, pairs, lambda q, k, v, mask=mask: (q, k, v, mask)
+        yield kernels.PairScores, pairs[:2] + (random(SIZE),), lambda q, k, v, mask=mask: (q, k, v, mask)
     yield kernels.Standardise, (random(4, SIZE),), lambda x: (x, 1e-5)
     yield kernels.Gelu, (random(4, SIZE),), lambda x: (x,)
     for length in (4, kernels.VECTOR + 1):  # two ways to take the softmax
