@@ -154,7 +154,25 @@ def naive_norm(x, eps):
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
-NAIVE = {kernels.GRUScan: naive_gru, kernels.Standardise: naive_norm, kernels.Gelu: F.gelu}
+def naive_attention(q, k, v, hide):
+    """`kernels.Attend` step by step: queries, keys and values (..., d, S), `hide` (..., S, S) -> (..., d, S)."""
+    weights = (q.transpose(-1, -2) @ k * q.shape[-2] ** -0.5 + hide).softmax(-1)
+    return (weights @ v.transpose(-1, -2)).transpose(-1, -2)
+
+
+def naive_pairs(q, k, v, mask):
+    """`kernels.PairScores` for all pairs: q and k (..., R, S, D), v (..., D), mask (..., R, S, S) as the scores are."""
+    inside = torch.sigmoid(q[..., :, None, :] + k[..., None, :, :])
+    return (inside * v[..., None, None, None, :]).sum(-1) * mask
+
+
+NAIVE = {
+    kernels.PairScores: naive_pairs,
+    kernels.GRUScan: naive_gru,
+    kernels.Standardise: naive_norm,
+    kernels.Gelu: F.gelu,
+    kernels.Attend: naive_attention,
+}
 
 
 @contextlib.contextmanager

@@ -228,7 +228,7 @@ def naming_what_to_lower(options):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        chunk = options.task_chunk or options.batch_size
+        chunk = options.task_chunk or min(options.batch_size, 16)  # fewer than fit at once by themselves
         if isinstance(error, MemoryError):  # from numpy, which draws all tasks of a batch at once
             remedy = f"lower --batch_size, which is {options.batch_size}"
         elif chunk > 1:

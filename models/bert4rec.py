@@ -3,7 +3,7 @@
 from torch import nn
 
 from models.kernels import Gelu
-from models.layers import Attention, Linear, Norm, history_mask, look_up, query_mask, spread
+from models.layers import Attention, Linear, Norm, hide, history_mask, join, look_up, part, query_mask, spread
 
 
 class BERT4Rec(nn.Module):
@@ -26,12 +26,13 @@ class BERT4Rec(nn.Module):
 
     def forward(self, history, query, tasks):
         """history (R, S, D), query (Q, D) -> states of the same shapes."""
-        history = self.norm(history + look_up(self.position.weight, tasks.position))
-        query = self.norm(query + spread(self.position.weight[..., 0, :], query))
-        masks = history_mask(tasks, causal=False), query_mask(tasks)
+        history = history + look_up(self.position.weight, tasks.position)
+        query = query + spread(self.position.weight[..., 0, :], query)
+        x = self.norm(join(history, query))
+        hidden = hide(history_mask(tasks, causal=False), x.dtype), hide(query_mask(tasks), x.dtype)
         for block in self.blocks:
-            history, query = block(history, query, *masks)
-        return history, query
+            x = block(x, *hidden)
+        return part(x, tasks.items)
 
 
 class BERTBlock(nn.Module):
@@ -43,10 +44,6 @@ class BERTBlock(nn.Module):
         self.widen, self.narrow = Linear(hidden, 4 * hidden), Linear(4 * hidden, hidden)
         self.norm1, self.norm2 = Norm(hidden), Norm(hidden)
 
-    def feed(self, x, attended):
-        x = self.norm1(x + attended)
+    def forward(self, x, *hidden):
+        x = self.norm1(x + self.attention(x, *hidden))
         return self.norm2(x + self.narrow(Gelu.apply(self.widen(x))))
-
-    def forward(self, history, query, mask, to_history):
-        to_h, to_q = self.attention(history, query, mask, to_history)
-        return self.feed(history, to_h), self.feed(query, to_q)

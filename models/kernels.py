@@ -23,9 +23,11 @@ class Standardise(Function):
 
     @staticmethod
     def forward(ctx, x, eps):
-        out, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        mean = x.mean(-1, keepdim=True)
+        centred = x - mean
+        scale = centred.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # half the time of torch's layer norm
         ctx.save_for_backward(x, mean, scale)
-        return out
+        return centred.mul_(scale)
 
     @staticmethod
     def backward(ctx, slope):
@@ -87,6 +89,144 @@ class GeluSlope(Function):
 
 
 # -----------------------------------------------------------------------------
+# attention
+
+
+class Attend(Function):
+    """V A' with A = softmax(Q' K / sqrt(d) + hide), for queries, keys and values (..., d, S) and `hide` (..., S, S).
+
+    Positions come last: matrix products of many small matrices are twice as fast with a wide result.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, hide):
+        weights = (across(q) @ k).mul_(q.shape[-2] ** -0.5).add_(hide)
+        weights = softmax(weights)
+        ctx.save_for_backward(q, k, v, weights)
+        return v @ across(weights)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return *AttendSlope.apply(slope, *ctx.saved_tensors), None
+
+
+class AttendSlope(Function):
+    """Derivatives of `Attend` in Q, K and V for slope G: K P', Q P and G A with P = softmax'(G' V) / sqrt(d)."""
+
+    @staticmethod
+    def forward(ctx, slope, q, k, v, weights):
+        by_weight = across(slope) @ v
+        by_score = softmax_slope(by_weight, weights).mul_(q.shape[-2] ** -0.5)
+        ctx.save_for_backward(slope, q, k, v, weights, by_weight, by_score)
+        return k @ across(by_score), q @ by_score, slope @ weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, to_q, to_k, to_v):
+        slope, q, k, v, weights, by_weight, by_score = ctx.saved_tensors
+        scale = q.shape[-2] ** -0.5
+        mixed = (across(to_q) @ k).add_(across(q) @ to_k).mul_(scale)
+        pulled = softmax_slope(mixed, weights)
+        mean_slope, mean_mixed = ((weights * x).sum(-1, keepdim=True) for x in (by_weight, mixed))
+        in_weight = (across(slope) @ to_v).addcmul_(mixed, by_weight - mean_slope)
+        in_weight.addcmul_(mean_mixed, by_weight, value=-1)
+        in_score = softmax_slope(in_weight, weights).mul_(scale)
+        return (
+            v @ across(pulled) + to_v @ across(weights),
+            k @ across(in_score) + to_k @ across(by_score),
+            q @ in_score + to_q @ by_score,
+            slope @ pulled,
+            None,
+        )
+
+
+class PairScores(Function):
+    """Scores v . sigmoid(q_t + k_j) (..., R, S, S) where `mask` holds, else 0; q and k (..., R, S, D), v (..., D).
+
+    Packed windows are short, so few pairs hold: a list of them takes a fraction of all pairs' memory and time.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        at, of = places(mask)
+        group = at // (mask[..., 0].numel() // v[..., 0].numel())  # whose v it is
+        inside = torch.sigmoid(rows(q, at) + rows(k, of))
+        out = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+        out[mask] = (inside * rows(v, group)).sum(-1)
+        ctx.save_for_backward(inside, q, k, v, mask, at, of, group)
+        return out
+
+    @staticmethod
+    def backward(ctx, slope):
+        return *PairScoresSlope.apply(slope, *ctx.saved_tensors), None
+
+
+class PairScoresSlope(Function):
+    """Derivatives of `PairScores` in q, k and v: sums over pairs of g v s' for q_t and k_j, and of g s for v.
+
+    `inside`, the sigmoids s, is handed on to save time; the derivative counts it as the function of q and k it is.
+    """
+
+    @staticmethod
+    def forward(ctx, slope, inside, q, k, v, mask, at, of, group):
+        by_pair = slope[mask][:, None]
+        moved = inside * (1 - inside) * rows(v, group) * by_pair
+        ctx.save_for_backward(by_pair, inside, v, mask, at, of, group)
+        return add_rows(moved, at, q), add_rows(moved, of, k), add_rows(by_pair * inside, group, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, to_q, to_k, to_v):
+        by_pair, inside, v, mask, at, of, group = ctx.saved_tensors
+        own, along, flat = rows(v, group), rows(to_q, at) + rows(to_k, of), inside * (1 - inside)
+        to_own = rows(to_v, group)
+        to_slope = torch.zeros(mask.shape, dtype=v.dtype, device=v.device)
+        to_slope[mask] = (own * flat * along + to_own * inside).sum(-1)
+        moved = by_pair * flat * (own * along * (1 - 2 * inside) + to_own)
+        to_v = add_rows(by_pair * flat * along, group, v)
+        return to_slope, None, add_rows(moved, at, to_q), add_rows(moved, of, to_k), to_v, None, None, None, None
+
+
+def places(mask):
+    """Of each pair (t, j) that holds in `mask` (..., S, S), the places of t and of j among all positions, (P,) each."""
+    row, t, j = mask.flatten(0, -3).nonzero().unbind(1)
+    return row * mask.shape[-1] + t, row * mask.shape[-1] + j
+
+
+def rows(x, at):
+    """The rows (P, D) of x (..., D) at places `at` (P,) of its flattened dimensions."""
+    return F.embedding(at, x.reshape(-1, x.shape[-1]))
+
+
+def add_rows(values, at, like):
+    """The sums of values (P, D) at each place, in the shape of `like`; faster than `index_add`."""
+    return aten.embedding_dense_backward(values, at, like[..., 0].numel(), -1, False).view(like.shape)
+
+
+def across(x):
+    return x.transpose(-1, -2)
+
+
+VECTOR = 16  # torch's softmax takes three times as long for rows that are shorter
+
+
+def softmax(scores):
+    """Softmax over the last dimension."""
+    if scores.shape[-1] >= VECTOR:
+        return scores.softmax(-1)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp_()
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def softmax_slope(slope, weights):
+    """Derivative of softmax where it gave `weights`: A (G - sum(A G)) over the last dimension."""
+    if weights.shape[-1] < VECTOR:
+        product = slope * weights
+        return product.addcmul_(weights, product.sum(-1, keepdim=True), value=-1)
+    return aten._softmax_backward_data(slope, weights, -1, weights.dtype)
+
+
+# -----------------------------------------------------------------------------
 # recurrence
 
 
@@ -97,7 +237,7 @@ def project(x, weight):
 
 def outer(left, right):
     """Sum over rows and steps of the outer products of left (..., R, S, O) and right (..., R, S, I): (..., O, I)."""
-    return left.flatten(-3, -2).transpose(-1, -2) @ right.flatten(-3, -2)
+    return across(left.flatten(-3, -2)) @ right.flatten(-3, -2)
 
 
 def shift(states, goes_on):
@@ -114,16 +254,23 @@ class GRUScan(Function):
 
     @staticmethod
     def forward(ctx, inputs, goes_on, weight, bias):
-        size, across = weight.shape[-1], weight.transpose(-1, -2)
-        steps = inputs.movedim(-2, 0).contiguous()
-        states = steps.new_zeros(len(steps), *steps.shape[1:-1], size)
-        state = states[0]
-        for x, on, out in zip(steps, goes_on[..., None].movedim(-2, 0), states, strict=True):
+        size, weights = weight.shape[-1], across(weight)
+        first, last = inputs.split([2 * size, size], -1)
+        reset_update, new = bias[..., None, None, :].split([2 * size, size], -1)
+        gates = torch.cat([first + reset_update, new.expand_as(last)], -1).movedim(-2, 0).contiguous()
+        # Views of all steps are made once, because calling operations is what costs here.
+        both, state_n = (part.unbind() for part in gates.split([2 * size, size], -1))
+        reset, update = (part.unbind() for part in gates[..., : 2 * size].chunk(2, -1))
+        states = gates.new_empty(*gates.shape[:-1], size)
+        state = gates.new_zeros(states.shape[1:])
+        steps = zip(
+            gates, both, state_n, reset, update, last.unbind(-2), goes_on[..., None].unbind(-2), states, strict=True
+        )
+        for all_gates, r_z, s_n, r, z, x_n, on, out in steps:
             before = state * on
-            both, new = (before @ across + bias[..., None, :]).split([2 * size, size], -1)
-            r, z = both.add_(x[..., : 2 * size]).sigmoid_().chunk(2, -1)
-            new = torch.addcmul(x[..., 2 * size :], r, new).tanh_()
-            state = torch.lerp(new, before, z, out=out)
+            all_gates.add_(before @ weights)
+            r_z.sigmoid_()
+            state = torch.lerp(torch.addcmul(x_n, r, s_n).tanh_(), before, z, out=out)
         states = states.movedim(0, -2).contiguous()
         ctx.save_for_backward(inputs, goes_on, weight, bias, states)
         return states
@@ -132,7 +279,7 @@ class GRUScan(Function):
     def backward(ctx, slope):
         inputs, goes_on, weight, bias, states = ctx.saved_tensors
         before = shift(states, goes_on)
-        state = project(before, weight.transpose(-1, -2)) + bias[..., None, None, :]
+        state = project(before, across(weight)) + bias[..., None, None, :]
         (x_r, x_z, x_n), (s_r, s_z, s_n) = inputs.chunk(3, -1), state.chunk(3, -1)
         r, z = torch.sigmoid(x_r + s_r), torch.sigmoid(x_z + s_z)
         n = torch.tanh(x_n + r * s_n)
@@ -158,20 +305,18 @@ class Solve(Function):
 
     @staticmethod
     def forward(ctx, u, c, z, goes_on, weight, transposed):
-        steps, size = range(u.shape[-2]), u.shape[-1]
-        on = goes_on[..., None]
-        inputs, parts, direct = (value.movedim(-2, 0).contiguous() for value in (u, c * on, z * on))
-        out = torch.empty_like(inputs)
+        size, on, weights = u.shape[-1], goes_on[..., None], across(weight)
+        parts, direct = ((value * on).movedim(-2, 0).contiguous() for value in (c, z))
+        out = u.movedim(-2, 0).clone(memory_format=torch.contiguous_format)
+        parts, direct, states = parts.unflatten(-1, (-1, size)).unbind(), direct.unbind(), out.unbind()
         if transposed:
-            v = out[-1].copy_(inputs[-1])
-            for t in steps[:0:-1]:
-                v = torch.addcmul(inputs[t - 1], direct[t], v, out=out[t - 1]).add_(by_gate(parts[t], v) @ weight)
+            for v, following, part, z_t in reversed(list(zip(states, states[1:], parts[1:], direct[1:], strict=False))):
+                spread = (part * following[..., None, :]).flatten(-2)
+                v.addcmul_(z_t, following).add_(spread @ weight)
         else:
-            across = weight.transpose(-1, -2)
-            v = out[0].copy_(inputs[0])
-            for t in steps[1:]:
-                gates = (v @ across).mul_(parts[t]).unflatten(-1, (-1, size))
-                v = torch.addcmul(inputs[t], direct[t], v, out=out[t]).add_(gates.sum(-2))
+            for v, previous, part, z_t in zip(states[1:], states, parts[1:], direct[1:], strict=False):
+                gates = (previous @ weights).unflatten(-1, (-1, size))
+                v.addcmul_(z_t, previous).add_(gates.mul_(part).sum(-2))
         out = out.movedim(0, -2).contiguous()
         ctx.transposed = transposed
         ctx.save_for_backward(c, z, goes_on, weight, out)
@@ -183,5 +328,5 @@ class Solve(Function):
         other = Solve.apply(slope, c, z, goes_on, weight, not ctx.transposed)
         forward, back = (other, out) if ctx.transposed else (out, other)
         before = shift(forward, goes_on)
-        to_c = by_gate(project(before, weight.transpose(-1, -2)), back)
+        to_c = by_gate(project(before, across(weight)), back)
         return other, to_c, before * back, None, outer(by_gate(c, back), before), None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.kernels import GRUScan, Standardise
+from models.kernels import Attend, GRUScan, Standardise
 
 
 def history_mask(tasks, causal):
@@ -25,11 +25,6 @@ def history_mask(tasks, causal):
 def query_mask(tasks):
     """Which positions of row 0 the queries may read. (S,)"""
     return torch.arange(tasks.items.shape[-1], device=tasks.items.device) <= tasks.query_last[..., None]
-
-
-def masked_softmax(scores, mask):
-    """Softmax over the last dimension where `mask` holds; all zeros where it holds nowhere."""
-    return (scores + hide(mask, scores.dtype)).softmax(-1) * mask
 
 
 def hide(mask, dtype):
@@ -82,25 +77,33 @@ class Attention(nn.Module):
         self.project_in = Linear(hidden, 3 * hidden)
         self.project_out = Linear(hidden, hidden)
 
-    def split(self, x):
-        """Queries, scaled, keys and values by head, each (..., heads, N, D / heads)."""
-        parts = self.project_in(x).unflatten(-1, (3, self.heads, -1))
-        q, k, v = (part.transpose(-2, -3) for part in parts.unbind(-3))
-        return q * q.shape[-1] ** -0.5, k, v
+    def forward(self, x, hidden, to_history):
+        """x (R S + Q, D) are the histories' positions and the queries, `hidden` (R, S, S) and `to_history` (S,) masks;
+        the same shape as x."""
+        rows, length = hidden.shape[-3:-1]
+        n = rows * length
+        projected = self.project_in(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0)  # (3, N, H, d)
+        q, k, v = projected[..., :n, :, :].unflatten(-3, (rows, length)).movedim(-3, -1).contiguous().unbind()
+        history = Attend.apply(q, k, v, hidden[..., None, :, :])  # (R, H, d, S)
 
-    def forward(self, history, query, mask, to_history):
-        """history (R, S, D), query (Q, D), mask (R, S, S), to_history (S,) -> the same two shapes."""
-        q, k, v = self.split(history)  # (R, H, S, d)
-        weights = masked_softmax(q @ k.transpose(-1, -2), mask[..., None, :, :])
-        history = (weights @ v).transpose(-2, -3).flatten(-2)
+        own_q, own_k, own_v = projected[..., n:, :, :].transpose(-2, -3).unbind()  # (H, Q, d)
+        k, v, size = k.select(-4, 0), v.select(-4, 0), k.shape[-2]
+        scores = torch.cat([own_q @ k, (own_q * own_k).sum(-1, keepdim=True)], -1) * size**-0.5
+        weights = (scores + F.pad(to_history, (0, 1))[..., None, None, :]).softmax(-1)
+        query = weights[..., :-1] @ v.transpose(-1, -2) + weights[..., -1:] * own_v
+        history = history.movedim(-1, -3).flatten(-4, -3).flatten(-2)
+        return self.project_out(torch.cat([history, query.transpose(-2, -3).flatten(-2)], -2))
 
-        k, v = k.select(-4, 0), v.select(-4, 0)
-        q, own_k, own_v = self.split(query)  # (H, Q, d)
-        scores = torch.cat([q @ k.transpose(-1, -2), (q * own_k).sum(-1, keepdim=True)], -1)
-        seen = F.pad(to_history, (0, 1), value=True)[..., None, None, :]
-        weights = (scores + hide(seen, scores.dtype)).softmax(-1)
-        query = (weights[..., :-1] @ v + weights[..., -1:] * own_v).transpose(-2, -3).flatten(-2)
-        return self.project_out(history), self.project_out(query)
+
+def join(history, query):
+    """Both streams, (R, S, D) and (Q, D), as one (R S + Q, D)."""
+    return torch.cat([history.flatten(-3, -2), query], -2)
+
+
+def part(x, like):
+    """The two streams of `join`; `like` (R, S, ...) gives the rows."""
+    n = like.shape[-2] * like.shape[-1]
+    return x[..., :n, :].unflatten(-2, like.shape[-2:]), x[..., n:, :]
 
 
 class GRU(nn.Module):

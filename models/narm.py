@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from models.kernels import PairScores
 from models.layers import GRU, Linear, Norm, history_mask, query_mask, run_layers
 
 
@@ -32,8 +33,8 @@ class NARM(nn.Module):
         """history (R, S, D), query (Q, D) -> states of the same shapes."""
         global_h, global_q = run_layers(self.globals, history, query, tasks)
         local_h, local_q = run_layers(self.locals, history, query, tasks)
-        past = self.at_past(local_h)
-        a = self.weights(self.at_target(local_h), past) * history_mask(tasks, causal=True)
+        past, mask = self.at_past(local_h), history_mask(tasks, causal=True)
+        a = PairScores.apply(self.at_target(local_h), past, self.similarity.weight[..., 0, :], mask)
         summed_h = a @ local_h
 
         target = self.at_target(local_q)

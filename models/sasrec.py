@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers import Attention, Linear, Norm, history_mask, look_up, query_mask, spread
+from models.layers import Attention, Linear, Norm, hide, history_mask, join, look_up, part, query_mask, spread
 
 
 class SASRec(nn.Module):
@@ -25,10 +25,11 @@ class SASRec(nn.Module):
         """history (R, S, D), query (Q, D) -> states of the same shapes."""
         history = history + look_up(self.position.weight, tasks.position)
         query = query + spread(self.position.weight[..., 0, :], query)
-        masks = history_mask(tasks, causal=True), query_mask(tasks)
+        x = join(history, query)
+        hidden = hide(history_mask(tasks, causal=True), x.dtype), hide(query_mask(tasks), x.dtype)
         for block in self.blocks:
-            history, query = block(history, query, *masks)
-        return self.norm(history), self.norm(query)
+            x = block(x, *hidden)
+        return part(self.norm(x), tasks.items)
 
 
 class SASBlock(nn.Module):
@@ -40,10 +41,6 @@ class SASBlock(nn.Module):
         self.first, self.second = Linear(hidden, hidden), Linear(hidden, hidden)
         self.norm1, self.norm2 = Norm(hidden), Norm(hidden)
 
-    def feed(self, x, attended):
-        x = x + attended
+    def forward(self, x, *hidden):
+        x = x + self.attention(self.norm1(x), *hidden)
         return x + self.second(F.relu(self.first(self.norm2(x))))
-
-    def forward(self, history, query, mask, to_history):
-        to_h, to_q = self.attention(self.norm1(history), self.norm1(query), mask, to_history)
-        return self.feed(history, to_h), self.feed(query, to_q)

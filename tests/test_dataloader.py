@@ -250,3 +250,32 @@ def test_rows_are_no_wider_than_the_longest_support(options):
     tasks = dataloader.sample_tasks(tiny.sequences(), np.arange(6), options, 0)
     assert tasks.items.shape[2] == int(tasks.query_last.max()) + 1
     assert int(tasks.items.max()) < tasks.table.shape[1]
+
+
+# -----------------------------------------------------------------------------
+# parts of a meta-batch
+
+
+@pytest.mark.parametrize("given", [{}, {"chunk": 1}, {"chunk": 3}, {"on_gpu": True}])
+def test_parts_hold_every_task_once_and_unchanged(options, given):
+    options.batch_size = 20
+    tasks, seen = dataloader.sample_tasks(tiny.sequences(), np.arange(6), options, 0), []
+    for numbers, part in dataloader.by_size(tasks, **given):
+        assert len(numbers) == len(part.table) <= given.get("chunk", 20)
+        for place, t in enumerate(numbers):
+            assert unpack(part, place) == unpack(tasks, t)
+            assert part.query_last[place] == tasks.query_last[t]
+        seen += list(numbers)
+        real = part.segment > 0
+        assert real.any(0).any(0).all() and real.any(0).any(1).all() and part.query.any(0).all()
+    assert sorted(seen) == list(range(20))
+
+
+def test_parts_end_where_padding_or_size_costs_too_much(monkeypatch):
+    rows, width = np.full(8, 10), np.array([20, 20, 20, 19, 10, 10, 2, 1])
+    monkeypatch.setattr(dataloader, "PART", 300)
+    assert dataloader.part_length(rows, width) == 6  # padding 10 + 2 * 100, then 180 more
+    monkeypatch.setattr(dataloader, "CACHE", 600)
+    assert dataloader.part_length(rows, width) == 3
+    monkeypatch.setattr(dataloader, "CACHE", 1)
+    assert dataloader.part_length(rows, width) == 1

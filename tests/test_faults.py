@@ -208,7 +208,6 @@ def limit_memory(more):
     ("flags", "remedy"),
     [
         (["--batch_size=100000000"], "lower --batch_size, which is 100000000"),
-        (["--batch_size=20000", "--num_inner_steps=50", "--bert_hidden_units=64"], "give --task_chunk=10000"),
         (["--batch_size=30000", "--task_chunk=20000", "--bert_hidden_units=128"], "give --task_chunk=10000"),
     ],
 )
@@ -220,6 +219,9 @@ def test_out_of_memory_names_what_to_lower(log, flags, remedy):
 def test_out_of_memory_on_a_gpu_and_other_errors():
     options = option_module.parse("", ["--task_chunk=1", "--num_samples=9"])
     with pytest.raises(UserError, match="lower --num_samples, which is 9"), training.naming_what_to_lower(options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+    options.task_chunk = 0
+    with pytest.raises(UserError, match="give --task_chunk=8"), training.naming_what_to_lower(options):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
     with pytest.raises(RuntimeError, match="shapes"), training.naming_what_to_lower(options):
         raise RuntimeError("shapes do not fit")

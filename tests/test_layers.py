@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny import jitter, lay_out, windows
 from torch import nn
+from torch.func import functional_call
 
 from models import bert4rec, layers, sasrec
 from models.loss_network import run_lstm
@@ -44,6 +45,13 @@ def block_parts(block, torchs, first, second):
     return torchs
 
 
+def streams(module, history, query, tasks, causal):
+    """What an attention or block gives for histories (R, S, D) and queries (Q, D)."""
+    masks = layers.history_mask(tasks, causal), layers.query_mask(tasks)
+    hidden = (layers.hide(mask, history.dtype) for mask in masks)
+    return layers.part(module(layers.join(history, query), *hidden), tasks.items)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_equals_torch(causal):
     ours = jitter(layers.Attention(WIDTH, HEADS))
@@ -52,7 +60,7 @@ def test_attention_equals_torch(causal):
     copy(mine, [theirs.in_proj_weight, theirs.in_proj_bias, theirs.out_proj.weight, theirs.out_proj.bias])
     tasks = lay_out([[LENGTH]], width=LENGTH + 2)
     history, query = random(1, LENGTH + 2, WIDTH), random(3, WIDTH, seed=1)
-    out_h, out_q = ours(history, query, layers.history_mask(tasks, causal), layers.query_mask(tasks))
+    out_h, out_q = streams(ours, history, query, tasks, causal)
     both = torch.cat([history[:, :LENGTH], query[None]], 1)
     expected = theirs(both, both, both, attn_mask=joint_mask(LENGTH, 3, causal), need_weights=False)[0][0]
     torch.testing.assert_close(out_h[0, :LENGTH], expected[:LENGTH])
@@ -63,7 +71,7 @@ def check_block(block, expected, causal):
     """Our block on a window and queries equals torch's layer on the window with the queries behind it."""
     tasks = lay_out([[LENGTH]], width=LENGTH + 1)
     history, query = random(1, LENGTH + 1, WIDTH), random(2, WIDTH, seed=1)
-    out_h, out_q = block(history, query, layers.history_mask(tasks, causal), layers.query_mask(tasks))
+    out_h, out_q = streams(block, history, query, tasks, causal)
     both = expected(torch.cat([history[:, :LENGTH], query[None]], 1), src_mask=joint_mask(LENGTH, 2, causal))[0]
     torch.testing.assert_close(torch.cat([out_h[0, :LENGTH], out_q]), both)
 
@@ -121,7 +129,7 @@ def test_attention_ignores_layout(causal):
     query = random(1, WIDTH)
 
     def run(inputs, tasks):
-        return attention(inputs, query, layers.history_mask(tasks, causal), layers.query_mask(tasks))[0]
+        return streams(attention, inputs, query, tasks, causal)[0]
 
     torch.testing.assert_close(*by_window(run))
 
@@ -139,17 +147,18 @@ def test_query_without_history_is_a_first_step():
     torch.testing.assert_close(after, gru.step(gru.input(query), torch.zeros_like(query)))
 
 
-def test_masked_softmax_equals_torch_and_is_zero_where_nothing_counts():
-    scores = 50 * random(4, 5)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
-    weights = layers.masked_softmax(scores, mask)
-    for got, row, keep in zip(weights[:3], scores, mask, strict=False):
-        torch.testing.assert_close(got[keep], row[keep].softmax(0))
-    assert not weights[~mask].any()
-    scores.requires_grad_()
+def test_linear_and_norm_take_weights_for_each_task():
+    x, linear, norm = random(3, 4, 5, WIDTH), layers.Linear(WIDTH, 6).double(), layers.Norm(WIDTH).double()
+    for module, plain in ((linear, nn.Linear(WIDTH, 6).double()), (norm, nn.LayerNorm(WIDTH).double())):
+        own = {name: random(3, *value.shape, seed=1) for name, value in module.named_parameters()}
+        together = functional_call(module, own, x)
+        for t in range(3):
+            alone = functional_call(plain, {name: value[t] for name, value in own.items()}, x[t])
+            torch.testing.assert_close(together[t], alone)
 
-    def squares(scores):
-        return layers.masked_softmax(scores / 50, mask).square().sum()
 
-    assert torch.autograd.gradcheck(squares, scores)
-    assert torch.autograd.gradgradcheck(squares, scores)
+def test_look_up_takes_a_table_for_each_task():
+    tables, places = random(3, 7, WIDTH), torch.randint(7, (3, 4, 5), generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([F.embedding(*pair) for pair in zip(places, tables, strict=True)])
+    assert torch.equal(layers.look_up(tables, places), expected)
+    assert torch.equal(layers.look_up(tables[0], places), F.embedding(places, tables[0]))

@@ -1,0 +1,84 @@
+"""Derivatives written by hand: values and both derivatives against plain operations and finite differences."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from benchmark import NAIVE
+from models import kernels
+
+SIZE = 3
+
+
+def random(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def goes_on(*shape):
+    """0 where a window starts, at random and in the first column."""
+    on = (torch.rand(*shape, generator=torch.Generator().manual_seed(1)) > 0.3).double()
+    on[..., 0] = 0
+    return on
+
+
+def cases():
+    """(kernel, its differentiable arguments, a function that puts the others in)."""
+    for lead in ((), (2,)):
+        on = goes_on(*lead, 2, 5)
+        recurrent = random(*lead, 2, 5, 3 * SIZE), random(*lead, 3 * SIZE, SIZE), random(*lead, 3 * SIZE, seed=1)
+        yield kernels.GRUScan, recurrent, lambda x, w, b, on=on: (x, on, w, b)
+        step = random(*lead, 2, 5, SIZE), random(*lead, 2, 5, 3 * SIZE), random(*lead, 2, 5, SIZE, seed=1)
+        for transposed in (True, False):
+            arguments = (*step, random(*lead, 3 * SIZE, SIZE))
+            yield kernels.Solve, arguments, lambda u, c, z, w, on=on, t=transposed: (u, c, z, on, w, t)
+        pairs = random(*lead, 2, 5, SIZE), random(*lead, 2, 5, SIZE, seed=1), random(*lead, SIZE)
+        mask = (torch.rand(*lead, 2, 5, 5, generator=torch.Generator().manual_seed(3)) > 0.5).tril()
+        yield kernels.PairScores, pairs, lambda q, k, v, mask=mask: (q, k, v, mask)
+        yield kernels.PairScores, pairs[:2] + (random(SIZE),), lambda q, k, v, mask=mask: (q, k, v, mask)
+    yield kernels.Standardise, (random(4, SIZE),), lambda x: (x, 1e-5)
+    yield kernels.Gelu, (random(4, SIZE),), lambda x: (x,)
+    for length in (4, kernels.VECTOR + 1):  # two ways to take the softmax
+        seen = torch.rand(2, length, length, generator=torch.Generator().manual_seed(2)) > 0.3
+        hide = (~(seen | torch.eye(length, dtype=torch.bool))).double() * torch.finfo(torch.float64).min
+        streams = tuple(random(2, SIZE, length, seed=seed) for seed in range(3))
+        yield kernels.Attend, streams, lambda q, k, v, hide=hide: (q, k, v, hide)
+
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize(("kernel", "given", "arguments"), CASES)
+def test_derivatives_equal_finite_differences(kernel, given, arguments):
+    def run(*given):
+        return kernel.apply(*arguments(*given))
+
+    assert gradcheck(run, given, fast_mode=True)
+    assert gradgradcheck(run, given, fast_mode=True)
+
+
+@pytest.mark.parametrize(("kernel", "given", "arguments"), [case for case in CASES if case[0] in NAIVE])
+def test_values_and_derivatives_equal_plain_operations(kernel, given, arguments):
+    found = []
+    for run in (kernel.apply, NAIVE[kernel]):
+        out = run(*arguments(*given))
+        slope = random(*out.shape, seed=5)
+        first = torch.autograd.grad(out, given, slope, create_graph=True)
+        second = torch.autograd.grad(sum(one.square().sum() for one in first), (*given, slope))
+        found.append((out, first, second))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_solve_is_the_inverse_of_its_matrix(transposed):
+    """u = (I - N) v, or its transpose, with N the block matrix of the steps' Jacobians."""
+    steps, on = 4, goes_on(1, 4)
+    u, z, c = random(1, steps, SIZE), random(1, steps, SIZE, seed=1), random(1, steps, 3 * SIZE)
+    weight = random(3 * SIZE, SIZE)
+    system = torch.eye(steps * SIZE, dtype=torch.float64)
+    for t in range(1, steps):
+        jacobian = torch.diag(z[0, t]) + (c[0, t].view(3, SIZE, 1) * weight.view(3, SIZE, SIZE)).sum(0)
+        at = slice(t * SIZE, (t + 1) * SIZE), slice((t - 1) * SIZE, t * SIZE)
+        system[at] -= on[0, t] * jacobian.detach()
+    v = kernels.Solve.apply(u, c, z, on, weight, transposed)
+    torch.testing.assert_close((system.T if transposed else system) @ v.flatten(), u.flatten())
