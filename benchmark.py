@@ -542,23 +542,22 @@ def as_process(rank, count, port, function, *arguments):
 
 
 def measure_steps(bench, form, count, double=False):
-    """Take `count` outer steps on the CPU: (median wall seconds and mean CPU seconds of one, all parameters (n,))."""
+    """Take `count` outer steps on the CPU: (median wall and processor seconds of one, all parameters (n,))."""
     set_up(bench)
     options = settings(form, bench, f"--model={bench.models[0]}")
     system, sequences = build(options, bench), synthetic()
     system = system.double() if double else system
     optimizer = RowAdamW(training.parameter_groups(system, options))
     users, times = np.arange(len(sequences.offsets) - 1), []
-    cpu = time.process_time()
     for iteration in range(count):
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         tasks = dataloader.sample_tasks(sequences, users, options, iteration)
         if double:
             tasks = tasks._replace(ratings=tasks.ratings.double(), query_ratings=tasks.query_ratings.double())
         training.train_step(system, optimizer, tasks, options, iteration)
-        times.append(time.perf_counter() - begin)
-    cpu = (time.process_time() - cpu) / count
-    return statistics.median(times), cpu, torch.cat([p.detach().flatten() for p in system.parameters()]).numpy()
+        times.append((time.perf_counter() - begin, time.process_time() - cpu))
+    parameters = torch.cat([p.detach().flatten() for p in system.parameters()]).numpy()
+    return *map(statistics.median, zip(*times, strict=True)), parameters
 
 
 def bench_processes(bench):

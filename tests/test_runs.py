@@ -782,6 +782,8 @@ def test_first_signal_only_asks(number, code):
     with runs.Interruption() as stop:
         assert not stop.requested and stop.exit_code == 0
         os.kill(os.getpid(), number)
+        assert stop.signal == number and not stop.requested
+        stop.agreed = stop.signal  # as the loop does, once an iteration
         assert stop.requested and stop.exit_code == code
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.exit_code == code
