@@ -273,6 +273,7 @@ def main(argv=None):
     inputs.say(f"loaded {recommender.source} in {time.monotonic() - clock:.2f} s")
     if options.export:
         card.export(recommender, options.export, options.run)
+        inputs.say(f"written: {options.export}, and its model card {Path(options.export).with_suffix('.md')}")
     if options.ratings:
         predict(options, recommender, threads if recommender.device.type == "cpu" else 1)
     return 0
