@@ -211,12 +211,12 @@ def reference_rmse(ratings, train_users, users, max_seq_len, num_targets):
     """RMSE of damped means and of a matrix factorisation on the last ratings of `users`, as lines to compare with.
 
     {name: RMSE}, on the targets of `training.evaluate`. Half a second for a million ratings: one factorisation of a
-    usual size, left out of large data, and only the dampings are chosen, on these targets themselves.
+    usual size, left out of large data, and only the users' damping is chosen, on these targets themselves.
     """
     length, longest = np.diff(ratings.offsets), max_seq_len - 1
     pairs = [last_support(ratings, users[length[users] > back + 1], longest, back) for back in range(num_targets)]
-    fits = {damping: fit_effects(ratings, train_users, damping) for damping in ITEM_DAMPING}
-    found = {"damped means": [partial(predict_effects, *f, d) for f in fits.values() for d in USER_DAMPING]}
+    effects = fit_effects(ratings, train_users)
+    found = {"damped means": [partial(predict_effects, *effects, damping) for damping in USER_DAMPING]}
     if length[train_users].sum() <= MOST_FACTORISED:
         fitted = factorise(ratings, train_users, FACTORS[0], REGULARISATION[1], sweeps=5)
         found["matrix factorisation"] = [partial(predict_factors, *fitted, r, USER_DAMPING[1]) for r in RIDGE]

@@ -36,14 +36,15 @@ SCALARS = {
     "test/macro_rmse": "mean over rating values of their RMSE",
 }
 TEST_FILE = "events.out.tfevents.0000000000.test-"  # sorts first: readers may not come back to earlier files
+ADAPTING, WEIGHTS = "Validation RMSE before and after adapting", "Weight of each rating value in the loss"
 LAYOUT = {
     "Is training healthy?": {
         "RMSE: training, validation, simple predictors": ["train/rmse", "validation/rmse", "simple/.*"],
-        "Validation RMSE before and after adapting": ["validation/rmse_unadapted", "validation/rmse"],
+        ADAPTING: ["validation/rmse_unadapted", "validation/rmse"],
         "MAE: training, validation": ["train/mae", "validation/mae"],
         "Norm of the meta-gradient": ["train/gradient_norm"],
     },
-    "What was learned": {"Weight of each rating value in the loss": ["loss_weight/rating_.*"]},
+    "What was learned": {WEIGHTS: ["loss_weight/rating_.*"]},
 }
 FINAL = {  # of the HPARAMS tab
     "validation/best_rmse": "validation RMSE",
@@ -65,6 +66,7 @@ class EventLog:
         stamps = re.findall(r"tfevents\.(\d{10})\.", " ".join(path.name for path in folder.glob("events.*")))
         stamp = max([int(time.time()), *(int(earlier) + 1 for earlier in stamps)])  # files are read in order of names
         self.path = folder / (name or f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}")
+        self.simple = {}  # RMSE of simple predictors on the validation users
         self.pending = io.BytesIO()
         self.add(file_version="brain.Event:2")
         if purge_step is not None:
@@ -110,17 +112,13 @@ def histogram(values, n_bins=30):
     )  # fmt: skip
 
 
-def add_layout(log, with_weights):
-    """Lay out the custom scalars; `with_weights` where there is a loss network."""
-    shown = {title: charts for title, charts in LAYOUT.items() if with_weights or title != "What was learned"}
-    log.add(
-        summary=summary.custom_scalars(
-            {
-                title: {name: ["Multiline", [f"{tag}$" for tag in tags]] for name, tags in charts.items()}
-                for title, charts in shown.items()
-            }
-        )
-    )
+def add_layout(log, left_out=()):
+    """Lay out the custom scalars, without the charts whose titles are `left_out`."""
+    layout = {}
+    for category, charts in LAYOUT.items():
+        shown = {title: tags for title, tags in charts.items() if title not in left_out}
+        layout[category] = {title: ["Multiline", [f"{tag}$" for tag in tags]] for title, tags in shown.items()}
+    log.add(summary=summary.custom_scalars({category: charts for category, charts in layout.items() if charts}))
 
 
 def add_table(log, tag, rows):

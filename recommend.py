@@ -273,6 +273,7 @@ def main(argv=None):
     inputs.say(f"loaded {recommender.source} in {time.monotonic() - clock:.2f} s")
     if options.export:
         card.export(recommender, options.export, options.run)
+        inputs.say(f"written: {options.export}, and its model card {Path(options.export).with_suffix('.md')}")
     if options.ratings:
         predict(options, recommender, threads if recommender.device.type == "cpu" else 1)
     return 0
@@ -306,7 +307,7 @@ def draw(options, recommender, titles, rows):
     if options.pairs:
         groups = {"asked for": [number for who, _, number, _ in rows if who.id == user.id][: 3 * MOST_LINES]}
     else:
-        groups = picture.tell_tale(recommender, user.support, MOST_LINES)
+        groups = picture.telling_items(recommender, user.support, MOST_LINES)
     found = recommender.explain(user.support, np.array([number for group in groups.values() for number in group]))
     groups = {what: [recommender.item_ids[number - 1] for number in group] for what, group in groups.items()}
     figure = picture.draw(found, groups, lambda item: titles.by_item.get(str(item), str(item)))

@@ -64,7 +64,8 @@ def log_start(run, log):
     )  # fmt: skip
     log.add(summary=summary.text("guide", text))
     events.add_table(log, "options", sorted(vars(options).items()))
-    events.add_layout(log, options.use_adaptive_loss)
+    has = {events.ADAPTING: options.num_inner_steps > 0, events.WEIGHTS: options.use_adaptive_loss}
+    events.add_layout(log, left_out=[title for title, there in has.items() if not there])
     chosen = {name: value for name, value in vars(options).items() if name not in runs.MAY_CHANGE}
     chosen["method"] = run.folder.name.rpartition("-")[2]
     name = f"{run.folder.parent.name}/{run.folder.name}"

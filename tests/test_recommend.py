@@ -405,7 +405,7 @@ def test_tables_fit_a_terminal_of_80_columns(command, tmp_path, monkeypatch):
 def test_items_of_a_picture_are_told_apart(problem):
     _, recommender = stirred(problem)
     support, _ = recommender.support([(item, 1 + item % 5) for item in recommender.item_ids[:9]])
-    groups = picture.tell_tale(recommender, support, 4)
+    groups = picture.telling_items(recommender, support, 4)
     numbers = [number for group in groups.values() for number in group]
     assert len(numbers) == 12 and len(set(numbers)) == 12 and not set(numbers) & set(support.items.tolist())
     assert [recommender.item_ids[n - 1] for n in groups["best now"]] == [
