@@ -247,7 +247,7 @@ def add_loss_options(parser):
 
 def add_outer_options(parser):
     add = group(parser, "outer loop")
-    add("num_train_iterations", 600, count(0), "meta-iterations")
+    add("num_train_iterations", 400, count(0), "meta-iterations")
     add("batch_size", 128, count(1), "tasks an iteration")
     add("task_chunk", 0, count(0), "tasks held in memory at once; 0 = as many as the cache holds")
     add("outer_lr", 3e-3, real(1e-9, 1e30), "learning rate of the learner, falling as a cosine")

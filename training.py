@@ -310,7 +310,7 @@ def iterate(run, stop):
         train_iteration(run)
         bar.update()
     bar.close()
-    if last:
+    if last and processes.is_first():
         tracking.close_log(run, log)
 
 
