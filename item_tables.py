@@ -44,7 +44,8 @@ def embed(sequences, users, n_items, width):
     """Item embeddings (n_items, width), all of length LENGTH: items that the same users rated lie close together.
 
     They are the leading eigenvectors of the items' common users n_ij / sqrt((n_i + SHRINK) (n_j + SHRINK)), i != j,
-    times the root of their eigenvalues. Items without ratings get zeros.
+    times the root of their eigenvalues; not the first, which says how popular an item is. Items without ratings get
+    zeros.
     """
     user, item = factor_analysis.rating_places(sequences, users)
     count = np.bincount(item, minlength=n_items)
@@ -55,8 +56,8 @@ def embed(sequences, users, n_items, width):
         values, vectors = np.linalg.eigh((rated.T @ rated).toarray() - np.diag(own))
     else:
         common = LinearOperator((n_items,) * 2, lambda v: rated.T @ (rated @ v.ravel()) - own * v.ravel(), dtype=float)
-        values, vectors = eigsh(common, width, which="LA", v0=np.ones(n_items))
-    best = np.argsort(-values, kind="stable")[:width]
+        values, vectors = eigsh(common, width + 1, which="LA", v0=np.ones(n_items))
+    best = np.argsort(-values, kind="stable")[1 : width + 1]
     found = vectors[:, best] * np.sqrt(np.maximum(values[best], 0))
     found *= np.where(found[np.abs(found).argmax(0), np.arange(len(best))] < 0, -1.0, 1.0)
     length = np.linalg.norm(found, axis=1, keepdims=True)
