@@ -28,7 +28,7 @@ def grouped(n_users, n_items, groups=10, per_user=3):
     rng = np.random.default_rng(0)
     likes = rng.integers(groups, size=n_users)
     mine = likes[:, None] == np.arange(n_items) % groups
-    items = np.argsort(rng.random(mine.shape) + ~mine, axis=1)[:, :per_user]
+    items = np.argsort(rng.random(mine.shape) + 0.3 * ~mine, axis=1)[:, :per_user]
     ratings = rng.normal(size=items.size).astype(np.float32)
     return Sequences(np.arange(n_users + 1) * per_user, items.ravel() + 1, ratings)
 
