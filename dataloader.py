@@ -166,26 +166,38 @@ ON_GPU = 256  # tasks at once on a GPU, where calling operations is what costs
 def by_size(tasks, chunk=0, on_gpu=False):
     """Split a meta-batch into parts of like size, cut to what they use: (numbers of its tasks, `Tasks`) for each part.
 
-    A part holds `chunk` tasks. With chunk 0 it ends where its padding would cost more than another part does, and
-    where it would outgrow the cache; on a GPU it is large.
+    A part holds `chunk` tasks; with chunk 0 parts are as large as is cheapest, see `part_lengths`, and large on a GPU.
     """
     used = tasks.segment.cpu() > 0
     rows, width = (used.any(other).sum(1).clamp_min(1).numpy() for other in (2, 1))
     order = np.lexsort((-rows, -width))
-    first = 0
-    while first < len(order):
-        rest = order[first:]
-        numbers = rest[: chunk or (ON_GPU if on_gpu else part_length(rows[rest], width[rest]))]
+    if chunk or on_gpu:
+        ends = np.arange(0, len(order), chunk or ON_GPU)[1:]
+    else:
+        ends = np.cumsum(part_lengths(rows[order], width[order]))[:-1]
+    for numbers in np.split(order, ends) if len(order) else ():
         at = torch.from_numpy(numbers)
         yield numbers, cut(Tasks(*(tensor[at] for tensor in tasks)), rows[numbers].max(), width[numbers].max())
-        first += len(numbers)
 
 
-def part_length(rows, width):
-    """How many of the first tasks to take as one part; rows and width (T,) of each, the widest first."""
-    size = np.maximum.accumulate(rows) * width[0] * np.arange(1, len(rows) + 1)
-    fits = (size - np.cumsum(rows * width) <= PART) & (size <= CACHE)
-    return max(1, int(fits.sum()))
+def part_lengths(rows, width):
+    """The numbers of tasks of the parts that cost least together; rows and width (T,) of each, the widest first.
+
+    A part costs its positions, padding counted, and PART for its calls; only one of a single task outgrows CACHE.
+    """
+    n = len(rows)
+    cost, length = np.zeros(n + 1), np.empty(n, np.int64)  # of what follows each task, and of the part it begins
+    for first in reversed(range(n)):
+        size = np.maximum.accumulate(rows[first:]) * width[first] * np.arange(1, n - first + 1)
+        fits = max(1, np.searchsorted(size, CACHE, side="right"))
+        whole = size[:fits] + PART + cost[first + 1 : first + fits + 1]
+        length[first] = whole.argmin() + 1
+        cost[first] = whole.min()
+    lengths, first = [], 0
+    while first < n:
+        lengths.append(int(length[first]))
+        first += lengths[-1]
+    return lengths
 
 
 def cut(tasks, rows, width):

@@ -1,5 +1,6 @@
 """Splits, tasks, windows, packing and item tables, against plain loops over users, windows and positions."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -271,11 +272,16 @@ def test_parts_hold_every_task_once_and_unchanged(options, given):
     assert sorted(seen) == list(range(20))
 
 
-def test_parts_end_where_padding_or_size_costs_too_much(monkeypatch):
-    rows, width = np.full(8, 10), np.array([20, 20, 20, 19, 10, 10, 2, 1])
-    monkeypatch.setattr(dataloader, "PART", 300)
-    assert dataloader.part_length(rows, width) == 6  # padding 10 + 2 * 100, then 180 more
-    monkeypatch.setattr(dataloader, "CACHE", 600)
-    assert dataloader.part_length(rows, width) == 3
-    monkeypatch.setattr(dataloader, "CACHE", 1)
-    assert dataloader.part_length(rows, width) == 1
+def test_parts_cost_least_of_all_ways_to_cut(monkeypatch):
+    rng = np.random.default_rng(0)
+    for part, cache in ((0, 10**6), (300, 10**6), (300, 600), (300, 1), (10**6, 10**6)):
+        monkeypatch.setattr(dataloader, "PART", part)
+        monkeypatch.setattr(dataloader, "CACHE", cache)
+        rows, width = rng.integers(1, 10, 8), np.sort(rng.integers(1, 30, 8))[::-1]
+        costs = {}
+        for ends in itertools.product((False, True), repeat=7):
+            parts = np.split(np.arange(8), np.flatnonzero(ends) + 1)
+            sizes = [rows[tasks].max() * width[tasks].max() * len(tasks) for tasks in parts]
+            if all(size <= cache or len(tasks) == 1 for size, tasks in zip(sizes, parts, strict=True)):
+                costs[tuple(map(len, parts))] = sum(sizes) + part * len(parts)
+        assert costs[tuple(dataloader.part_lengths(rows, width))] == min(costs.values())
