@@ -45,8 +45,9 @@ class Learner(nn.Module):
 
     def shift_items(self, shifts):
         """Keep {name: (parts, n_items, width)}, added to the tables for tasks of each part. No checkpoint has them."""
-        for name, values in shifts.items():
-            self.register_buffer(f"{name}_shift", F.pad(torch.as_tensor(values), (0, 0, 1, 0)), persistent=False)
+        for name in self.table_names():  # in this order, in every process
+            values = F.pad(torch.as_tensor(shifts[name]), (0, 0, 1, 0))
+            self.register_buffer(f"{name}_shift", values, persistent=False)
 
     def rows(self, name, tasks, sparse=False):
         """The rows (T, U, width) of an item table that the tasks use, shifted for their parts of the users."""

@@ -87,7 +87,7 @@ def test_training_tasks_alone_meet_shifted_tables():
     shift = torch.randn(3, 40, options.num_factors, generator=generator)
     shift[0] = 0
     plain = learner.rows("item_factor", tasks)
-    learner.shift_items({"item_factor": shift})
+    learner.shift_items({name: torch.zeros(3, 40, 8) for name in learner.table_names()} | {"item_factor": shift})
     assert not any(name.endswith("shift") for name in learner.state_dict())
     found = learner.rows("item_factor", tasks)
     for t, part in enumerate(tasks.part.tolist()):

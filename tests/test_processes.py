@@ -118,7 +118,7 @@ def test_two_processes_make_what_one_makes(tmp_path, script, sparse):
     assert_close(log_of(tmp_path, 0) / name, tmp_path / "one" / "log" / name)
     assert not log_of(tmp_path, 1).exists()
     printed = [log_of(tmp_path, rank).with_suffix(".out").read_text() for rank in (0, 1)]
-    assert printed[0].count("validation RMSE") == 4 and printed[1] == ""
+    assert printed[0].count("\niteration ") == 4 and printed[1] == ""
 
 
 def test_batch_that_no_process_divides(tmp_path):

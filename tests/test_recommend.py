@@ -167,7 +167,7 @@ def test_threads_do_not_disturb_each_other(problem):
 
 @pytest.mark.parametrize("given", [{}, {"num_samples": 1}, {"use_rating_input": True}], ids=["windows", "one", "cloze"])
 def test_explanation_is_of_the_ratings_that_were_used(problem, given):
-    _, recommender = stirred(problem, **given)
+    _, recommender = stirred(problem, normalize_loss=True, **given)
     ratings = [(item, 1 + item % 5) for item in recommender.item_ids[:12]]
     used = ratings[-(recommender.options.max_seq_len - 1) :]
     user = recommender.adapt(ratings)
