@@ -41,8 +41,8 @@ class ErrorAttention(nn.Module):
 
     def weigh(self, x, past, ages, mask):
         """x (..., N, F), past (..., M, F), ages and mask (..., N or 1, M) -> weights (..., N, M)"""
-        x = x[..., None, :, :]
-        likeness = (x * spread(self.likeness[..., None, :], x, 3)) @ past[..., None, :, :].transpose(-1, -2)
+        past = past[..., None, :, :]  # scaled rather than x, which may be a whole catalogue
+        likeness = x[..., None, :, :] @ (past * spread(self.likeness[..., None, :], past, 3)).transpose(-1, -2)
         logits = likeness + look_up(self.by_age, ages.clamp(0, self.by_age.shape[-2] - 1)).movedim(-1, -3)
         logits = logits + hide(mask, logits.dtype)[..., None, :, :]
         rest = spread(self.rest[..., None, None], logits, 3).expand(*logits.shape[:-1], 1)
