@@ -27,6 +27,7 @@ ENTRIES = {"options": dict, "system": dict, "item_ids": list, "levels": list, "f
 LOCAL = ("data_path", "cache_dir", "data_url", "log_dir", "pretrain_log_dir")  # options that name places of a machine
 ADAPTED_AT_ONCE = 128  # users
 SCORED_AT_ONCE = 65536  # items of all users
+IN_CACHE = 6000  # catalogue items whose states the processor's cache holds; fewer call more operations a user
 
 Item = int | str
 
@@ -212,9 +213,10 @@ class Recommender:
         if items is not None:
             return score(tasks, fast, items)
         everything = torch.arange(1, len(self.item_ids) + 1, device=self.device)[None]
-        # One after the other: a catalogue's states just fill the processor's cache.
-        alone = [slice(i, i + 1) for i in range(len(tasks.table))]
-        return torch.cat([score(cut(tasks, one), cut(fast, one), everything) for one in alone])
+        few = max(1, IN_CACHE // everything.numel())
+        parts = [slice(first, first + few) for first in range(0, len(tasks.table), few)]
+        parts = [(cut(tasks, part), cut(fast, part)) for part in parts]
+        return torch.cat([score(some, of_some, everything.expand(len(some.table), -1)) for some, of_some in parts])
 
     def _scores(self, supports, numbers=None):
         """(number of the first user, `_score` (T, Q)) for a few users after the other; see SCORED_AT_ONCE."""
