@@ -19,8 +19,7 @@ def fit(sequences, users, n_items, k, prior, sweeps=15, seed=0):
     `prior` is the number of pseudo-ratings that pull each factor to 0. Items without ratings get zeros. The
     factors are orthogonal over the ratings, largest first, each with its entry of largest magnitude positive.
     """
-    user, item = rating_places(sequences, users)
-    rows = rating_rows(sequences, users)
+    user, item, rows = rating_places(sequences, users)
     ratings = sparse.csr_array((sequences.ratings[rows].astype(np.float64), (user, item)), (len(users), n_items))
     of_item, is_rated = ratings.T.tocsr(), sparse.csr_array((np.ones(len(rows)), (user, item)), ratings.shape)
     count = np.bincount(item, minlength=n_items)
@@ -42,16 +41,11 @@ def fit(sequences, users, n_items, k, prior, sweeps=15, seed=0):
     return effect, principal_axes(loading[:, 1:], count)
 
 
-def rating_rows(sequences, users):
-    """The places (n,) of these users' ratings in the sequences."""
-    starts, lengths = sequences.offsets[users], sequences.offsets[users + 1] - sequences.offsets[users]
-    return np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
-
-
 def rating_places(sequences, users):
-    """Which of these users gave each of their ratings, and to which item, from 0: two arrays (n,)."""
-    lengths = sequences.offsets[users + 1] - sequences.offsets[users]
-    return np.repeat(np.arange(len(users)), lengths), sequences.items[rating_rows(sequences, users)] - 1
+    """Who of these users gave each of their ratings, to which item, from 0, and its place: three arrays (n,)."""
+    starts, lengths = sequences.offsets[users], sequences.offsets[users + 1] - sequences.offsets[users]
+    place = np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    return np.repeat(np.arange(len(users)), lengths), sequences.items[place] - 1, place
 
 
 def user_posterior(residual, is_rated, loading, noise):

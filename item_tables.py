@@ -47,7 +47,7 @@ def embed(sequences, users, n_items, width):
     times the root of their eigenvalues; not the first, which says how popular an item is. Items without ratings get
     zeros.
     """
-    user, item = factor_analysis.rating_places(sequences, users)
+    user, item, _ = factor_analysis.rating_places(sequences, users)
     count = np.bincount(item, minlength=n_items)
     scale = (count + SHRINK) ** -0.5
     rated = sparse.csr_array((scale[item], (user, item)), (len(users), n_items))

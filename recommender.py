@@ -72,7 +72,7 @@ class Recommender:
         self._own = threading.local()
         # Freed at once: from then on glibc keeps blocks up to this size, which else come back page by page each time.
         torch.empty(31 << 20, dtype=torch.uint8)
-        self.adapt([])  # what torch imports on first use takes a second, which no user should wait for
+        self.adapt([])  # what torch imports on first use takes .4 s, for which no user should wait
 
     @classmethod
     def load(cls, source: str | Path, checkpoint_step: int = -1, device: str = "cpu") -> "Recommender":

@@ -109,7 +109,7 @@ def part(x, like):
 class GRU(nn.Module):
     """A gated recurrent unit over packed rows, with torch's equations and parameter layout.
 
-    The recurrence is written out: `nn.GRU` fails under vmap, and cuDNN's has no second derivative. The input
+    Not `nn.GRU`: its weights cannot be each task's own, and cuDNN's has no second derivative. The input
     projection is done for all steps at once; the state is reset where a window starts.
     """
 

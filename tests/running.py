@@ -77,7 +77,7 @@ def run(place, *flags, **more):
 
 
 def wait_until(condition):
-    for _ in range(180_000):
+    for _ in range(60_000):
         if condition():
             return
         time.sleep(0.001)

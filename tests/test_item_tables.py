@@ -6,8 +6,8 @@ import tiny
 import torch
 from test_factor_analysis import simulate
 
+import dataloader
 import item_tables
-import training
 from dataloader import Sequences
 from models.learner import Learner
 
@@ -95,5 +95,5 @@ def test_training_tasks_alone_meet_shifted_tables():
         for place, item in enumerate(tasks.table[t].tolist()):
             expected = plain[t, place] + (shift[part, item - 1] if item else 0)
             torch.testing.assert_close(found[t, place], expected)
-    seen = training.dataloader.last_tasks(tiny.sequences(), np.arange(6), options)
+    seen = dataloader.last_tasks(tiny.sequences(), np.arange(6), options)
     assert not seen.part.any()

@@ -358,11 +358,11 @@ def test_torchrun_on_two_machines(tmp_path, both):
     launched = [launch(rank, *LEARNER, *long) for rank in (0, 1)]
     wait_until(has_saved(log_of(tmp_path, 0) / NAME, 4))
     launched[1].send_signal(signal.SIGTERM)
-    assert [process.wait(180) for process in launched] == [1, 1]
+    assert [process.wait(60) for process in launched] == [1, 1]
     assert (tmp_path / "machine0" / "err").read_text().count("stopped after iteration") == 1
     assert (log_of(tmp_path, 0) / NAME / "lock").read_text() == ""
     launched = [launch(rank, *LEARNER, "--overwrite") for rank in (0, 1)]
-    assert [process.wait(180) for process in launched] == [0, 0]
+    assert [process.wait(60) for process in launched] == [0, 0]
     assert is_same_run(tmp_path, both)
 
 
