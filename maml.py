@@ -10,7 +10,6 @@ from torch import nn
 from torch.func import functional_call
 
 from models import loss_network
-from models.layers import spread
 from models.learner import Learner
 
 
@@ -43,10 +42,27 @@ class InnerRates(nn.Module):
             return rate / count.clamp_min(1)
         return rate / (count + self.log_damping[key(name)][step].exp())
 
+    def laid_out(self, shapes, count):
+        """What multiplies the mean loss's gradient in parameters {name: shape} laid end to end, for all steps: (K, T, P).
+
+        T is 1 where it is the same for all tasks.
+        """
+        rate = lay_out(self.log_rate, shapes)
+        if not self.log_damping:
+            return rate
+        count = count[:, None]
+        return rate * (count / (count + lay_out(self.log_damping, shapes)))
+
 
 def key(name):
     """A parameter's name as a key of nn.ParameterDict, which forbids dots."""
     return name.replace(".", "/")
+
+
+def lay_out(logs, shapes):
+    """exp of {key: (K,) or (K, ...)} for parameters {name: shape} laid end to end: (K, 1, P)."""
+    rows = ((logs[key(name)].unsqueeze(-1).flatten(1), shape.numel()) for name, shape in shapes.items())
+    return torch.cat([row.exp().expand(-1, size) for row, size in rows], 1)[:, None]
 
 
 def feature_curvature(learner, name, item_counts):
@@ -86,10 +102,12 @@ def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
 def inner_loop(learner, loss_network, rates, tasks, tables, options, second_order):
     """What `adapt` gives, with the adapted parameters {name: (T, ...)} before it."""
     fast, train = start(learner, tables, options), torch.is_grad_enabled()
+    shapes = {name: value.shape[1:] for name, value in fast.items()}
+    flat = torch.cat([value.reshape(len(value), -1) for value in fast.values()], 1)
     states = learner.encode(tasks, tables) if options.adapt == "head" else None
-    count = (tasks.query_last + 1).to(tasks.ratings.dtype)
     # A rating in several windows counts once in all.
-    share = tasks.support * (count / tasks.support.sum((1, 2)).clamp_min(1))[:, None, None]
+    share = tasks.support / tasks.support.sum((1, 2), keepdim=True).clamp_min(1)
+    rates = rates.laid_out(shapes, (tasks.query_last + 1).to(tasks.ratings.dtype)).unbind()
     prepared = None if loss_network is None else loss_network.prepare(tasks)
 
     def predict(fast, tasks):
@@ -101,25 +119,29 @@ def inner_loop(learner, loss_network, rates, tasks, tables, options, second_orde
     for step in range(options.num_inner_steps):
         with torch.enable_grad():
             if not train:
-                fast = {name: value.detach().requires_grad_() for name, value in fast.items()}
-            history, query = predict(fast, tasks)
+                flat = flat.detach().requires_grad_()
+            history, query = predict(split(flat, shapes), tasks)
         slope = history - tasks.ratings if loss_network is None else loss_network(prepared, step, history, tasks)
-        gradients = torch.autograd.grad(
+        gradient = torch.autograd.grad(
             history,
-            fast.values(),
+            flat,
             slope * share,
             retain_graph=train,
             create_graph=train and second_order,
             materialize_grads=True,
-        )
-        fast = {
-            name: value - rates(name, step, spread(count, value, 0)) * gradient
-            for (name, value), gradient in zip(fast.items(), gradients, strict=True)
-        }
+        )[0]
+        flat = flat - rates[step] * gradient
         queries.append(query)
         histories.append(history)
+    fast = split(flat, shapes)
     last = predict(fast, history_alone(tasks) if states is None else tasks)[1]
     return fast, torch.stack([*queries, last], 1), histories
+
+
+def split(flat, shapes):
+    """Parameters laid end to end (T, P) as {name: (T, ...)}."""
+    parts = flat.split([shape.numel() for shape in shapes.values()], 1)
+    return {name: part.view(-1, *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def start(learner, tables, options):
