@@ -83,11 +83,12 @@ def build(options, bench, n_items=2500):
     return system.to(bench.device)
 
 
-def draw(options, bench, count, n_items=2500, stream=0):
-    """A meta-batch of `count` tasks on the device."""
+def draw(options, bench, count, n_items=2500, stream=0, shared=True):
+    """A meta-batch of `count` tasks on the device, as the naive way has it without `shared`: each window laid out."""
     options = argparse.Namespace(**{**vars(options), "batch_size": count})
     sequences = synthetic(n_items=n_items)
-    tasks = dataloader.sample_tasks(sequences, np.arange(len(sequences.offsets) - 1), options, stream)
+    with contextlib.nullcontext() if shared else mock.patch.object(dataloader, "shares_starts", lambda options: False):
+        tasks = dataloader.sample_tasks(sequences, np.arange(len(sequences.offsets) - 1), options, stream)
     return type(tasks)(*(tensor.to(bench.device) for tensor in tasks))
 
 
@@ -109,7 +110,7 @@ def spread(tasks, width):
         return out
 
     numbers = tasks.table.gather(1, tasks.items.flatten(1)).view_as(tasks.items)
-    laid = {name: lay(getattr(tasks, name)) for name in ("ratings", "segment", "position", "known", "support")}
+    laid = {name: lay(getattr(tasks, name)) for name in ("ratings", "segment", "position", "known", "support", "times")}
     return tasks._replace(items=lay(numbers), query_items=tasks.table.gather(1, tasks.query_items), **laid)
 
 
@@ -205,13 +206,12 @@ def backward(system, tasks, weights):
         (losses * weights).sum().backward()
 
 
-def gradient_difference(system, tasks, width):
+def gradient_difference(system, tasks, spread_tasks):
     """Largest difference of the two ways' meta-gradients in double precision, over the largest gradient."""
     system, found = copy.deepcopy(system).double(), []
-    tasks = tasks._replace(ratings=tasks.ratings.double(), query_ratings=tasks.query_ratings.double())
-    weights = maml.objective_weights(system.options, 1).to(tasks.ratings)
-    for way, its_tasks in ((backward, tasks), (naive_backward, spread(tasks, width))):
-        way(system, its_tasks, weights)
+    for way, given in ((backward, tasks), (naive_backward, spread_tasks)):
+        given = given._replace(ratings=given.ratings.double(), query_ratings=given.query_ratings.double())
+        way(system, given, maml.objective_weights(system.options, 1).to(given.ratings))
         zero = (torch.zeros_like(p) if p.grad is None else p.grad for p in system.parameters())
         found.append(torch.cat([gradient.flatten() for gradient in zero]))
     return float((found[0] - found[1]).abs().max() / found[1].abs().max())
@@ -291,9 +291,9 @@ def bench_learners(bench):
             system, tasks = build(options, bench), draw(options, bench, bench.tasks)
             width, name = options.max_seq_len - 1, f"{model}, {form}"
             weights = maml.objective_weights(options, 1).to(bench.device)
-            few = type(tasks)(*(tensor[:4] for tensor in tasks))
-            rows.append(row(f"{name}: gradients differ by", gradient_difference(system, few, width), "", at_most=1e-5))
-            slow = spread(tasks, width)
+            slow = spread(draw(options, bench, bench.tasks, shared=False), width)
+            few = (type(tasks)(*(tensor[:4] for tensor in its)) for its in (tasks, slow))
+            rows.append(row(f"{name}: gradients differ by", gradient_difference(system, *few), "", at_most=1e-5))
             fast, naive = medians(
                 bench,
                 lambda s=system, t=tasks, w=weights: backward(s, t, w),

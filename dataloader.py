@@ -26,6 +26,7 @@ class Tasks(NamedTuple):
     position: torch.Tensor  # (T, R, S) counted from the window's end, which is 1
     known: torch.Tensor  # (T, R, S) whether the learner may read the rating
     support: torch.Tensor  # (T, R, S) whether the position counts in the support loss
+    times: torch.Tensor  # (T, R, S) how often it does: once for each window that it stands for, see `share_starts`
     query_items: torch.Tensor  # (T, Q) places in the task's table
     query_ratings: torch.Tensor  # (T, Q) standardised targets
     query: torch.Tensor  # (T, Q) whether there is a query
@@ -124,6 +125,7 @@ def build_tasks(sequences, start, n_support, n_query, options, rng=None):
 def assemble(sequences, start, n_support, query_items, query_ratings, query, options, rng=None):
     """`Tasks` from supports in `sequences` and given query items (T, Q), ratings (T, Q) and mask (T, Q)."""
     window_start, window_length = support_windows(n_support, options, rng)
+    window_length, times = share_starts(window_start, window_length, shares_starts(options))
     row, column = pack(window_length, np.maximum(n_support, 1))
     shape = (len(start), row.max() + 1, max(1, (column + window_length).max()))
 
@@ -132,6 +134,7 @@ def assemble(sequences, start, n_support, query_items, query_ratings, query, opt
     place = (task, row[task, window], column[task, window] + inside)
     from_end = window_length[task, window] - inside
     hidden = is_hidden(window, from_end, options)
+    counts = hidden if uses_cloze(options) else np.ones_like(hidden)
 
     def rows(values, dtype):
         out = np.zeros(shape, dtype)
@@ -148,7 +151,8 @@ def assemble(sequences, start, n_support, query_items, query_ratings, query, opt
         segment=rows(window + 1, np.int64),
         position=rows(from_end, np.int64),
         known=rows(~hidden, bool),
-        support=rows(hidden if uses_cloze(options) else True, bool),
+        support=rows(counts, bool),
+        times=rows(counts * times[task, window_start[task, window], inside], np.int64),
         query_items=slots[:, split:],
         query_ratings=query_ratings.astype(np.float32),
         query=query,
@@ -204,12 +208,33 @@ def cut(tasks, rows, width):
     """Tasks without the rows, positions, queries and places in tables that none of them uses."""
     queries = int(tasks.query.any(0).sum())
     table = 1 + max(int(tasks.items.max()), int(tasks.query_items.max()))
-    names = ("items", "ratings", "segment", "position", "known", "support")
+    names = ("items", "ratings", "segment", "position", "known", "support", "times")
     return tasks._replace(
         table=tasks.table[:, :table],
         **{name: getattr(tasks, name)[:, :rows, :width] for name in names},
         **{name: getattr(tasks, name)[:, :queries] for name in ("query_items", "query_ratings", "query")},
     )
+
+
+def shares_starts(options):
+    """Whether what is computed at a position of a window hangs on the window's start alone, not on its end."""
+    reads_end = options.use_adaptive_loss and options.loss_network != "lstm"  # recency is a feature of the others
+    return options.model in ("narm", "gru4rec") and not reads_end
+
+
+def share_starts(start, length, shared):
+    """Of windows (T, W) with the same start the longest alone, if `shared`: its positions stand for those of all.
+
+    Gives the windows' lengths, 0 for those left out, and for how many windows a position stands (T, start, place).
+    """
+    if not shared:
+        return length, np.ones((len(length), start.max(initial=0) + 1, length.max(initial=1)), np.int64)
+    times = np.zeros((len(length), start.max(initial=0) + 1, length.max(initial=1)), np.int64)
+    task, window = np.nonzero(length)
+    times[task, start[task, window], length[task, window] - 1] = 1  # windows are distinct
+    times = times[..., ::-1].cumsum(-1)[..., ::-1]
+    longest = np.take_along_axis((times > 0).sum(-1), start, 1)
+    return np.where(length == longest, length, 0), times
 
 
 def uses_cloze(options):

@@ -43,7 +43,7 @@ class InnerRates(nn.Module):
         return rate / (count + self.log_damping[key(name)][step].exp())
 
     def laid_out(self, shapes, count):
-        """What multiplies the mean loss's gradient in parameters {name: shape} laid end to end, for all steps: (K, T, P).
+        """What multiplies the mean loss's gradient in parameters {name: shape} laid end to end, per step: (K, T, P).
 
         T is 1 where it is the same for all tasks.
         """
@@ -106,8 +106,9 @@ def inner_loop(learner, loss_network, rates, tasks, tables, options, second_orde
     flat = torch.cat([value.reshape(len(value), -1) for value in fast.values()], 1)
     states = learner.encode(tasks, tables) if options.adapt == "head" else None
     # A rating in several windows counts once in all.
-    share = tasks.support / tasks.support.sum((1, 2), keepdim=True).clamp_min(1)
-    rates = rates.laid_out(shapes, (tasks.query_last + 1).to(tasks.ratings.dtype)).unbind()
+    times = tasks.times.to(tasks.ratings.dtype)
+    share = times / times.sum((1, 2), keepdim=True).clamp_min(1)
+    rates = rates.laid_out(shapes, (tasks.query_last + 1).to(times.dtype)).unbind()
     prepared = None if loss_network is None else loss_network.prepare(tasks)
 
     def predict(fast, tasks):
@@ -155,7 +156,7 @@ def start(learner, tables, options):
 
 def history_alone(tasks):
     """The tasks without the rows that their queries do not read."""
-    names = ("items", "ratings", "segment", "position", "known", "support")
+    names = ("items", "ratings", "segment", "position", "known", "support", "times")
     return tasks._replace(**{name: getattr(tasks, name)[:, :1] for name in names})
 
 

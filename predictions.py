@@ -174,10 +174,11 @@ def learned_weights(system, problem, chunk=256):
         tasks = training.move(tasks, system)
         weights = system.explain(tasks)[1].mean(1)[tasks.support].cpu().numpy()
         values = system.to_rating(tasks.ratings[tasks.support]).cpu().numpy()
+        times = tasks.times[tasks.support].cpu().numpy()
         user = i + tasks.support.nonzero()[:, 0].cpu().numpy()
         at = user, metrics.nearest_level(values, ratings.levels)
-        np.add.at(total, at, weights)
-        np.add.at(count, at, 1)
+        np.add.at(total, at, weights * times)
+        np.add.at(count, at, times)
     return {name: mean_or_none(total[group].sum(0), count[group].sum(0)) for name, group in groups.items()}
 
 

@@ -140,7 +140,8 @@ class Recommender:
         cells = tasks.support[0].cpu()
         at = torch.gather(tasks.table[0], 0, tasks.items[0].flatten()).reshape(cells.shape).cpu()
         # A rating that stands in several windows weighs what its copies do together.
-        weights = weights[0].cpu()[:, cells] * (len(used) / max(1, int(cells.sum())))
+        times = tasks.times[0].cpu()[cells]
+        weights = weights[0].cpu()[:, cells] * (times * len(used) / times.sum().clamp_min(1))
         weights = torch.stack([weights[:, at[cells] == number].sum(1) for number in used.tolist()] or [weights.sum(1)])
         return Explanation(
             [self.item_ids[number - 1] for number in used],

@@ -146,4 +146,5 @@ def rating_weights(run, most_users=256):
     tasks = dataloader.Tasks(*(tensor.to(device) for tensor in tasks))
     weights = run.average.module.explain(tasks)[1].movedim(1, -1)[tasks.support].cpu().numpy()
     values = run.average.module.to_rating(tasks.ratings[tasks.support]).cpu().numpy()
-    return weights, metrics.nearest_level(values, run.problem.ratings.levels)
+    times = tasks.times[tasks.support].cpu().numpy()
+    return weights.repeat(times, 0), metrics.nearest_level(values, run.problem.ratings.levels).repeat(times)

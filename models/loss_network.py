@@ -32,7 +32,7 @@ def build(options, scale):
 
 def user_statistics(tasks):
     """Mean and deviation of the user's support ratings and their number, each (1, 1)."""
-    counted = tasks.support.to(tasks.ratings.dtype)
+    counted = tasks.times.to(tasks.ratings.dtype)
     total = over_task(counted).clamp_min(1)
     mean = over_task(tasks.ratings * counted) / total
     std = over_task((tasks.ratings - mean).square() * counted).div(total).add(1e-6).sqrt()
@@ -44,12 +44,12 @@ def over_task(values):
     return values.sum((-2, -1), keepdim=True)
 
 
-def normalise(log_weight, support):
-    """exp(log_weight) scaled to mean 1 over the support positions, 0 elsewhere."""
-    log_weight = log_weight.masked_fill(~support, -torch.inf)
+def normalise(log_weight, tasks):
+    """exp(log_weight) scaled to mean 1 over the support positions, each as often as it counts; 0 elsewhere."""
+    log_weight = log_weight.masked_fill(~tasks.support, -torch.inf)
     top = log_weight.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(log_weight.dtype).min).detach()
     weight = (log_weight - top).exp()
-    return weight * over_task(support) / over_task(weight).clamp_min(1e-12)
+    return weight * over_task(tasks.times) / over_task(weight * tasks.times).clamp_min(1e-12)
 
 
 def task_features(tasks, prediction, options):
@@ -96,7 +96,7 @@ class LSTMLoss(nn.Module):
         for cell, start in zip(self.cells, self.start, strict=True):
             states = run_lstm(cell, start, states, continues(tasks))
         log_weight = self.output(states)[..., 0]
-        return normalise(log_weight, tasks.support) if self.normalised else log_weight.exp() * tasks.support
+        return normalise(log_weight, tasks) if self.normalised else log_weight.exp() * tasks.support
 
     def prepare(self, tasks):
         return self.weights(tasks)
@@ -136,7 +136,7 @@ class MLPLoss(nn.Module):
         network = self.networks[min(step, len(self.networks) - 1)]
         log_weight = network(task_features(tasks, prediction, self.options))[..., 0]
         if self.options.normalize_loss:
-            return normalise(log_weight, tasks.support)
+            return normalise(log_weight, tasks)
         return log_weight.exp() * tasks.support
 
     def forward(self, prepared, step, prediction, tasks):
@@ -184,7 +184,7 @@ class MetaLoss(nn.Module):
         """Loss of each position (R, S)."""
         step = min(step, len(self.phi) - 1)
         features = task_features(tasks, prediction, self.options)
-        counted = tasks.support[..., None].to(features.dtype)
+        counted = tasks.times[..., None].to(features.dtype)
         state = (features * counted).sum((-3, -2)) / counted.sum((-3, -2)).clamp_min(1)
         gamma, beta = (shift.unbind(-2) for shift in self.shift[step](state)[..., None].chunk(2, -2))
         m, q = self.gates[step]

@@ -177,6 +177,15 @@ def test_training_tasks_are_stretches_of_sequences(given):
             assert positions == list(range(len(part), 0, -1))
 
 
+def test_positions_of_shared_starts_count_as_often_as_windows_hold_them():
+    start, length = np.array([[0, 0, 2, 0, 2, 0]]), np.array([[5, 2, 3, 4, 2, 0]])
+    kept, times = dataloader.share_starts(start, length, True)
+    assert kept.tolist() == [[5, 0, 3, 0, 0, 0]]
+    assert times[0, 0].tolist() == [3, 3, 2, 2, 1] and times[0, 2].tolist() == [2, 2, 1, 0, 0]
+    every, once = dataloader.share_starts(start, length, False)
+    assert every is length and (once == 1).all() and once.shape == times.shape
+
+
 def test_sampling_is_a_function_of_seed_and_stream(options):
     sequences, users = tiny.sequences(), np.arange(6)
     first = dataloader.sample_tasks(sequences, users, options, 3)

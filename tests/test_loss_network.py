@@ -76,7 +76,7 @@ def test_hidden_positions_alone_count_for_a_cloze(kind):
     network, _ = build(kind, normalize_loss=True)
     task, predictions = support()
     hidden = task.support & (torch.arange(6) % 2 == 0)
-    found = network.weights(task._replace(support=hidden), predictions, 0)
+    found = network.weights(task._replace(support=hidden, times=hidden.long()), predictions, 0)
     assert not found[~hidden].any()
     torch.testing.assert_close(found.sum(), hidden.sum().double())
 

@@ -6,6 +6,7 @@ import tiny
 import torch
 from torch.func import functional_call
 
+import dataloader
 import maml
 import training
 from models import loss_network
@@ -44,7 +45,7 @@ def plain(system, tasks, options, second_order):
     for task in (type(tasks)(*parts) for parts in zip(*tasks, strict=True)):
         task = task._replace(items=task.table[task.items], query_items=task.table[task.query_items])
         count, fast, of_task = task.query_last + 1, dict(every), []
-        share = task.support * count / task.support.sum().clamp_min(1)
+        share = task.times * count / task.times.sum().clamp_min(1)
         for step in range(options.num_inner_steps + 1):
             tables = {name: fast[name] for name in system.learner.table_names()}
             history, query = functional_call(system.learner, fast, (task, tables))
@@ -103,6 +104,21 @@ def test_rating_input_equals_plain_loop(model, reads):
     torch.testing.assert_close(gradients(ours, system), gradients(theirs, system), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("adapt", ["head", "all"])
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize(("model", "loss"), [("narm", "lstm"), ("gru4rec", "lstm"), ("gru4rec", "none")])
+def test_windows_with_a_common_start_are_equal_to_each_alone(model, loss, reads, adapt, monkeypatch):
+    found = []
+    for shared in (True, False):
+        if not shared:
+            monkeypatch.setattr(dataloader, "shares_starts", lambda options: False)
+        system, tasks, _ = make(model, loss, adapt, use_rating_input=reads, batch_size=8)
+        assert (tasks.times.max() > 1) == shared
+        losses = vectorised(system, tasks, True)
+        found.append((losses, tasks.times.sum((1, 2)), gradients(losses, system)))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def slope_by_differences(parameters, directions, value, step=1e-5):
     """Slope of `value()` along the directions of the parameters, by central differences."""
     ends = []
@@ -151,7 +167,7 @@ def test_first_order_is_the_gradient_at_the_adapted_weights():
         fast = {name: value.detach().requires_grad_() for name, value in fast.items()}
         rows = {name: fast[name] for name in tables}
         history, _ = functional_call(system.learner, fast, (task, rows))
-        loss = ((history - task.ratings)[task.support]).square().mean() * (task.query_last + 1) / 2
+        loss = ((history - task.ratings).square() * task.times).sum() / task.times.sum() * (task.query_last + 1) / 2
         slopes = torch.autograd.grad(loss, list(fast.values()), allow_unused=True)
         count = task.query_last + 1
         fast = {

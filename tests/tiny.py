@@ -93,6 +93,7 @@ def lay_out(rows, width=None, query_items=(1,), seed=0):
         ratings=torch.from_numpy(arrays["ratings"]),
         known=real,
         support=real,
+        times=real.long(),
         query_items=query,
         query_ratings=torch.zeros(len(query), dtype=torch.float64),
         query=torch.ones(len(query), dtype=torch.bool),
