@@ -98,20 +98,11 @@ def draw(options, bench, count, n_items=2500, stream=0, shared=True):
 
 def spread(tasks, width):
     """The same tasks with one window a row of `width` positions, and catalogue numbers in place of table places."""
-    task, row, column = tasks.segment.nonzero(as_tuple=True)
-    window = tasks.segment[task, row, column] - 1
-    windows = int(window.max()) + 1
-    length = torch.bincount(task * windows + window, minlength=len(tasks.table) * windows).view(-1, windows)
-    place = task, window, length[task, window] - tasks.position[task, row, column]
-
-    def lay(values):
-        out = values.new_zeros(len(values), windows, width)
-        out[place] = values[task, row, column]
-        return out
-
-    numbers = tasks.table.gather(1, tasks.items.flatten(1)).view_as(tasks.items)
-    laid = {name: lay(getattr(tasks, name)) for name in ("ratings", "segment", "position", "known", "support", "times")}
-    return tasks._replace(items=lay(numbers), query_items=tasks.table.gather(1, tasks.query_items), **laid)
+    length = dataloader.window_lengths(tasks.segment.cpu().numpy())
+    row = np.broadcast_to(np.arange(length.shape[1]), length.shape).copy()
+    laid = dataloader.lay_out(tasks, length, row, np.zeros_like(row), width)
+    numbers = laid.table.gather(1, laid.items.flatten(1)).view_as(laid.items)
+    return laid._replace(items=numbers, query_items=tasks.table.gather(1, tasks.query_items))
 
 
 def naive_losses(system, task):

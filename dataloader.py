@@ -34,6 +34,9 @@ class Tasks(NamedTuple):
     query_last: torch.Tensor  # (T,) last position of the query's history in row 0; -1: no history
 
 
+IN_ROWS = ("items", "ratings", "segment", "position", "known", "support", "times")  # those of shape (T, R, S)
+
+
 class Sequences(NamedTuple):
     """Users' ratings in time order on flat arrays; user u's are offsets[u]:offsets[u + 1]."""
 
@@ -162,37 +165,47 @@ def assemble(sequences, start, n_support, query_items, query_ratings, query, opt
     return Tasks(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
-PART = 1500  # positions whose arithmetic costs as much as calling the operations of another part
+PART = 900  # positions whose arithmetic costs as much as calling the operations of another part
 CACHE = 6000  # positions whose arrays fill a processor's cache
 ON_GPU = 256  # tasks at once on a GPU, where calling operations is what costs
 
 
 def by_size(tasks, chunk=0, on_gpu=False):
-    """Split a meta-batch into parts of like size, cut to what they use: (numbers of its tasks, `Tasks`) for each part.
+    """Split a meta-batch into parts of like size, packed anew: (numbers of its tasks, `Tasks`) for each part.
 
     A part holds `chunk` tasks; with chunk 0 parts are as large as is cheapest, see `part_lengths`, and large on a GPU.
     """
-    used = tasks.segment.cpu() > 0
-    rows, width = (used.any(other).sum(1).clamp_min(1).numpy() for other in (2, 1))
-    order = np.lexsort((-rows, -width))
+    length = window_lengths(tasks.segment.cpu().numpy())
+    used, width = length.sum(1), length.max(1).clip(1)
+    order = np.lexsort((-used, -width))
     if chunk or on_gpu:
         ends = np.arange(0, len(order), chunk or ON_GPU)[1:]
     else:
-        ends = np.cumsum(part_lengths(rows[order], width[order]))[:-1]
+        ends = np.cumsum(part_lengths(used[order], width[order]))[:-1]
     for numbers in np.split(order, ends) if len(order) else ():
         at = torch.from_numpy(numbers)
-        yield numbers, cut(Tasks(*(tensor[at] for tensor in tasks)), rows[numbers].max(), width[numbers].max())
+        part = cut(Tasks(*(tensor[at] for tensor in tasks)))
+        row, column = pack(length[numbers], np.full(len(numbers), width[numbers].max()))
+        yield numbers, lay_out(part, length[numbers], row, column, width[numbers].max())
 
 
-def part_lengths(rows, width):
-    """The numbers of tasks of the parts that cost least together; rows and width (T,) of each, the widest first.
+def window_lengths(segment):
+    """Lengths (T, W) of the windows whose numbers are in segment (T, R, S)."""
+    windows = max(1, segment.max(initial=0))
+    flat = (segment + np.arange(len(segment))[:, None, None] * (windows + 1)).ravel()
+    return np.bincount(flat, minlength=len(segment) * (windows + 1)).reshape(-1, windows + 1)[:, 1:]
+
+
+def part_lengths(used, width):
+    """The numbers of tasks of the parts that cost least together; ratings and width (T,) of each, the widest first.
 
     A part costs its positions, padding counted, and PART for its calls; only one of a single task outgrows CACHE.
     """
-    n = len(rows)
+    n = len(used)
     cost, length = np.zeros(n + 1), np.empty(n, np.int64)  # of what follows each task, and of the part it begins
     for first in reversed(range(n)):
-        size = np.maximum.accumulate(rows[first:]) * width[first] * np.arange(1, n - first + 1)
+        rows = -(-np.maximum.accumulate(used[first:]) // width[first])  # packing seldom takes more
+        size = rows * width[first] * np.arange(1, n - first + 1)
         fits = max(1, np.searchsorted(size, CACHE, side="right"))
         whole = size[:fits] + PART + cost[first + 1 : first + fits + 1]
         length[first] = whole.argmin() + 1
@@ -204,14 +217,28 @@ def part_lengths(rows, width):
     return lengths
 
 
-def cut(tasks, rows, width):
-    """Tasks without the rows, positions, queries and places in tables that none of them uses."""
+def lay_out(tasks, length, row, column, width):
+    """Tasks whose windows, of `length` (T, W), begin at row and column (T, W) of rows of `width`."""
+    source = task, _, _ = tasks.segment.nonzero(as_tuple=True)
+    window = tasks.segment[source] - 1
+    length, row, column = (torch.from_numpy(x).to(task.device)[task, window] for x in (length, row, column))
+    shape = len(tasks.table), int(row.max()) + 1 if len(row) else 1, width
+    place = task, row, column + length - tasks.position[source]
+
+    def lay(values):
+        out = values.new_zeros(shape)
+        out[place] = values[source]
+        return out
+
+    return tasks._replace(**{name: lay(getattr(tasks, name)) for name in IN_ROWS})
+
+
+def cut(tasks):
+    """Tasks without the queries and places in tables that none of them uses."""
     queries = int(tasks.query.any(0).sum())
     table = 1 + max(int(tasks.items.max()), int(tasks.query_items.max()))
-    names = ("items", "ratings", "segment", "position", "known", "support", "times")
     return tasks._replace(
         table=tasks.table[:, :table],
-        **{name: getattr(tasks, name)[:, :rows, :width] for name in names},
         **{name: getattr(tasks, name)[:, :queries] for name in ("query_items", "query_ratings", "query")},
     )
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+import dataloader
 from models import loss_network
 from models.learner import Learner
 
@@ -156,8 +157,7 @@ def start(learner, tables, options):
 
 def history_alone(tasks):
     """The tasks without the rows that their queries do not read."""
-    names = ("items", "ratings", "segment", "position", "known", "support", "times")
-    return tasks._replace(**{name: getattr(tasks, name)[:, :1] for name in names})
+    return tasks._replace(**{name: getattr(tasks, name)[:, :1] for name in dataloader.IN_ROWS})
 
 
 def position_weights(network, step, history, tasks):
