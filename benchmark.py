@@ -141,6 +141,19 @@ def naive_gru(inputs, goes_on, weight, bias):
     return torch.stack(states, -2)
 
 
+def naive_lstm(inputs, goes_on, weight, bias, start):
+    """`kernels.LSTMScan` as a loop over steps: inputs (..., R, S, I) -> states (..., R, S, H)."""
+    state, memory = (row.expand(inputs.shape[:-2] + row.shape) for row in start)
+    states = []
+    for values, on in zip(inputs.unbind(-2), goes_on[..., None].unbind(-2), strict=True):
+        state, memory = start[0] + on * (state - start[0]), start[1] + on * (memory - start[1])
+        enter, forget, new, leave = F.linear(torch.cat([values, state], -1), weight, bias).chunk(4, -1)
+        memory = torch.sigmoid(forget) * memory + torch.sigmoid(enter) * torch.tanh(new)
+        state = torch.sigmoid(leave) * torch.tanh(memory)
+        states.append(state)
+    return torch.stack(states, -2)
+
+
 def naive_norm(x, eps):
     """`kernels.Standardise` as torch's layer norm."""
     return F.layer_norm(x, x.shape[-1:], eps=eps)
@@ -161,6 +174,7 @@ def naive_pairs(q, k, v, mask):
 NAIVE = {
     kernels.PairScores: naive_pairs,
     kernels.GRUScan: naive_gru,
+    kernels.LSTMScan: naive_lstm,
     kernels.Standardise: naive_norm,
     kernels.Gelu: F.gelu,
     kernels.Attend: naive_attention,

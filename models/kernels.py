@@ -330,3 +330,60 @@ class Solve(Function):
         before = shift(forward, goes_on)
         to_c = by_gate(project(before, across(weight)), back)
         return other, to_c, before * back, None, outer(by_gate(c, back), before), None
+
+
+class LSTMScan(Function):
+    """States (..., R, S, H) of an LSTM from inputs (..., R, S, I), weight (4 H, I + H) and bias (4 H,).
+
+    State and memory before each window, where goes_on (..., R, S) is 0, are those of `start` (2, H). The gates are
+    enter, forget, new and leave. It has first derivatives alone.
+    """
+
+    @staticmethod
+    def forward(ctx, inputs, goes_on, weight, bias, start):
+        size = start.shape[-1]
+        to_input, to_state = weight.split([weight.shape[-1] - size, size], -1)
+        x, on = (value.flatten(0, -3).movedim(-2, 0) for value in (inputs, goes_on[..., None]))  # (S, N, ...)
+        gates = F.linear(x, to_input, bias)
+        before, after = (gates.new_empty(2, *gates.shape[:-1], size) for _ in range(2))  # states and memories
+        parts = gates[..., : 2 * size], gates[..., 2 * size : 3 * size], gates[..., 3 * size :], *gates.chunk(4, -1)[:2]
+        state, memory = (row.expand(gates.shape[1], -1) for row in start)
+        for all_gates, goes, b_state, b_memory, a_state, a_memory, both, new, leave, enter, forget in zip(
+            *(value.unbind() for value in (gates, on, *before, *after, *parts)), strict=True
+        ):
+            torch.lerp(start[0], state, goes, out=b_state)
+            torch.lerp(start[1], memory, goes, out=b_memory)
+            all_gates.addmm_(b_state, to_state.T)
+            both.sigmoid_(), new.tanh_(), leave.sigmoid_()
+            memory = torch.mul(forget, b_memory, out=a_memory).addcmul_(enter, new)
+            state = torch.tanh(memory, out=a_state).mul_(leave)
+        ctx.save_for_backward(x, on, weight, gates, before, after[1])
+        return after[0].movedim(0, -2).reshape(*inputs.shape[:-1], size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope):
+        x, on, weight, gates, (states, memories), now = ctx.saved_tensors
+        size, shape = now.shape[-1], slope.shape[:-1]
+        to_input, to_state = weight.split([weight.shape[-1] - size, size], -1)
+        enter, forget, new, leave = gates.chunk(4, -1)
+        inside, slope = now.tanh(), slope.flatten(0, -3).movedim(-2, 0)
+        by_memory = [new * enter * (1 - enter), memories * forget * (1 - forget), enter * (1 - new * new)]
+        factors = torch.stack(by_memory, -2), inside * leave * (1 - leave), leave * (1 - inside * inside), forget
+        to_gates, to_before = torch.empty_like(gates), torch.empty_like(torch.stack([states, memories]))
+        outs = to_gates, to_gates.unflatten(-1, (4, size))[..., :3, :], to_gates[..., 3 * size :], *to_before
+        to_state_now = to_memory = torch.zeros_like(now[0])
+        steps = zip(*(value.unbind() for value in (slope, on, *factors, *outs)), strict=True)
+        for its, goes, in_memory, in_leave, in_inside, keep, all_gates, three, last, b_state, b_memory in reversed(
+            list(steps)
+        ):
+            to_state_now = its + to_state_now
+            to_memory = torch.addcmul(to_memory, to_state_now, in_inside)
+            torch.mul(in_memory, to_memory[:, None], out=three)
+            torch.mul(in_leave, to_state_now, out=last)
+            to_state_now = torch.mm(all_gates, to_state, out=b_state) * goes
+            to_memory = torch.mul(to_memory, keep, out=b_memory) * goes
+        flat = to_gates.flatten(0, 1)
+        to_weight = flat.T @ torch.cat([x, states], -1).flatten(0, 1)
+        to_inputs = (to_gates @ to_input).movedim(0, -2).reshape(*shape, -1)
+        return to_inputs, None, to_weight, flat.sum(0), ((1 - on) * to_before).sum((1, 2))

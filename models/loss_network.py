@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import grad
 
+from models.kernels import LSTMScan
 from models.layers import continues
 
 FEATURES = ("loss", "predictions", "labels", "rating_mean", "rating_std", "recency", "num_samples")
@@ -94,7 +95,7 @@ class LSTMLoss(nn.Module):
         width = self.centres[1] - self.centres[0]
         states = self.embed(torch.exp(-((tasks.ratings[..., None] - self.centres) / width).square()))
         for cell, start in zip(self.cells, self.start, strict=True):
-            states = run_lstm(cell, start, states, continues(tasks))
+            states = LSTMScan.apply(states, continues(tasks), cell.weight, cell.bias, start)
         log_weight = self.output(states)[..., 0]
         return normalise(log_weight, tasks) if self.normalised else log_weight.exp() * tasks.support
 
@@ -103,19 +104,6 @@ class LSTMLoss(nn.Module):
 
     def forward(self, prepared, step, prediction, tasks):
         return prepared * (prediction - tasks.ratings)
-
-
-def run_lstm(cell, start, inputs, goes_on):
-    """States (R, S, H) of an LSTM layer over packed rows; it starts anew, from `start` (2, H), with each window."""
-    state, memory = (row.expand(inputs.shape[:-2] + row.shape) for row in start)
-    states = []
-    for values, on in zip(inputs.unbind(-2), goes_on[..., None].unbind(-2), strict=True):
-        state, memory = start[0] + on * (state - start[0]), start[1] + on * (memory - start[1])
-        enter, forget, new, leave = cell(torch.cat([values, state], -1)).chunk(4, -1)
-        memory = torch.sigmoid(forget) * memory + torch.sigmoid(enter) * torch.tanh(new)
-        state = torch.sigmoid(leave) * torch.tanh(memory)
-        states.append(state)
-    return torch.stack(states, -2)
 
 
 class MLPLoss(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from models import bert4rec, layers, sasrec
-from models.loss_network import run_lstm
+from models.kernels import LSTMScan
 
 WIDTH, HEADS, LENGTH = 8, 2, 6
 
@@ -110,7 +110,7 @@ def test_lstm_equals_torch():
     )
     inputs = random(1, LENGTH, 3)
     expected = theirs(inputs, (start[0].expand(1, 1, -1).contiguous(), start[1].expand(1, 1, -1).contiguous()))[0]
-    states = run_lstm(cell, start, inputs, layers.continues(lay_out([[LENGTH]])))
+    states = LSTMScan.apply(inputs, layers.continues(lay_out([[LENGTH]])), cell.weight, cell.bias, start)
     torch.testing.assert_close(states, expected)
 
 
@@ -137,7 +137,8 @@ def test_attention_ignores_layout(causal):
 def test_recurrences_ignore_layout():
     gru, cell, start = (jitter(layers.GRU(WIDTH, WIDTH)), jitter(nn.Linear(2 * WIDTH, 4 * WIDTH)), random(2, WIDTH))
     torch.testing.assert_close(*by_window(lambda inputs, tasks: gru(inputs, random(1, WIDTH), tasks)[0]))
-    torch.testing.assert_close(*by_window(lambda inputs, tasks: run_lstm(cell, start, inputs, layers.continues(tasks))))
+    parameters = cell.weight, cell.bias, start
+    torch.testing.assert_close(*by_window(lambda x, tasks: LSTMScan.apply(x, layers.continues(tasks), *parameters)))
 
 
 def test_query_without_history_is_a_first_step():
