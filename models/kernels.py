@@ -89,6 +89,44 @@ class GeluSlope(Function):
 
 
 # -----------------------------------------------------------------------------
+# a linear layer of each task's own
+
+
+class Affine(Function):
+    """x W' + b for x (T, N, I), W (T, O, I) and b (T, O) or None.
+
+    Autograd's derivatives of a batch of matrix products come out transposed, which all that follows pays for.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return x @ across(weight) if bias is None else torch.baddbmm(bias[:, None], x, across(weight))
+
+    @staticmethod
+    def backward(ctx, slope):
+        to_x, to_weight = AffineSlope.apply(slope, *ctx.saved_tensors)
+        return to_x, to_weight, slope.sum(1) if ctx.has_bias else None
+
+
+class AffineSlope(Function):
+    """Derivatives of `Affine` in x and W for slope G: G W and G' x."""
+
+    @staticmethod
+    def forward(ctx, slope, x, weight):
+        ctx.save_for_backward(slope, x, weight)
+        return slope @ weight, across(slope) @ x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, to_x, to_weight):
+        slope, x, weight = ctx.saved_tensors
+        to_slope = (to_x @ across(weight)).baddbmm_(x, across(to_weight))
+        return to_slope, slope @ to_weight, across(slope) @ to_x
+
+
+# -----------------------------------------------------------------------------
 # attention
 
 

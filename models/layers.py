@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.kernels import Attend, GRUScan, Standardise
+from models.kernels import Affine, Attend, GRUScan, Standardise
 
 
 def history_mask(tasks, causal):
@@ -53,9 +53,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.weight.dim() == 2:
             return super().forward(x)
-        weight, flat = self.weight.transpose(-1, -2), x.flatten(1, -2)
-        out = flat @ weight if self.bias is None else torch.baddbmm(self.bias[:, None], flat, weight)
-        return out.view(*x.shape[:-1], -1)
+        return Affine.apply(x.flatten(1, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
 
 
 class Norm(nn.LayerNorm):

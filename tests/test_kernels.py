@@ -40,6 +40,9 @@ def cases():
         yield kernels.PairScores, pairs[:2] + (random(SIZE),), lambda q, k, v, mask=mask: (q, k, v, mask)
     yield kernels.Standardise, (random(4, SIZE),), lambda x: (x, 1e-5)
     yield kernels.Gelu, (random(4, SIZE),), lambda x: (x,)
+    affine = random(2, 4, SIZE), random(2, 5, SIZE), random(2, 5)
+    yield kernels.Affine, affine, lambda x, w, b: (x, w, b)
+    yield kernels.Affine, affine[:2], lambda x, w: (x, w, None)
     for length in (4, kernels.VECTOR + 1):  # two ways to take the softmax
         seen = torch.rand(2, length, length, generator=torch.Generator().manual_seed(2)) > 0.3
         hide = (~(seen | torch.eye(length, dtype=torch.bool))).double() * torch.finfo(torch.float64).min
