@@ -258,6 +258,12 @@ def add_outer_options(parser):
     add("loss_lr", 1e-2, real(0, 1e30), "learning rate of the mlp and metal loss networks")
     add("task_info_lr", 1e-2, real(0, 1e30), "learning rate of the metal loss's shift for the task")
     add("lstm_lr", 1e-2, real(0, 1e30), "learning rate of the lstm loss network")
+    add(
+        "members",
+        1,
+        count(1),
+        "learners that are trained side by side, each with a seed of its own; predictions are their mean",
+    )
     add("warmup", 50, count(1), "iterations over which all rates rise")
     add("weight_decay", 0.01, real(0), "decoupled weight decay of the encoder")
     add(

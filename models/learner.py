@@ -58,6 +58,10 @@ class Learner(nn.Module):
         """Names of the tables that this learner has."""
         return [name for name in TABLES if hasattr(self, name)]
 
+    def tables(self):
+        """{name: (n_items + 1, width)} of the tables that this learner has."""
+        return {name: self.get_parameter(name) for name in self.table_names()}
+
     def encode(self, tasks, tables):
         """What does not hang on what the head adapts: (states of positions (R, S, D), of queries (Q, D), weights of
         earlier errors or None)."""

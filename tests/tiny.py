@@ -62,7 +62,12 @@ def jitter(module, seed=0, std=0.3):
 
 def system(options, n_items=40, seed=0):
     """A meta-learner away from its initialisation."""
-    return jitter(maml.MetaLearner(n_items, options, SCALE), seed)
+    return ensemble(options, n_items, seed).members[0]
+
+
+def ensemble(options, n_items=40, seed=0):
+    """`options.members` of them."""
+    return jitter(maml.Ensemble(n_items, options, SCALE), seed)
 
 
 def lay_out(rows, width=None, query_items=(1,), seed=0):
