@@ -170,9 +170,10 @@ def objective_weights(options, iteration):
     return F.pad(step_weights(steps, iteration, horizon), (1, 0))
 
 
-def query_losses(predictions, tasks, loss=torch.square):
-    """`loss` of the errors of each task's queries, averaged over them, per number of inner steps: (T, K + 1)."""
-    errors = loss(predictions - tasks.query_ratings[:, None]) * tasks.query[:, None]
+def query_losses(predictions, tasks, loss=torch.square, weight=1):
+    """`loss` of the errors of each task's queries times a `weight` (T, Q), averaged over the queries, per number of
+    inner steps: (T, K + 1)."""
+    errors = loss(predictions - tasks.query_ratings[:, None]) * (tasks.query * weight)[:, None]
     return errors.sum(-1) / tasks.query.sum(-1, keepdim=True)
 
 

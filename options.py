@@ -25,6 +25,8 @@ PAPER_FORM = {
     "num_samples": 25,
     "num_query_set": 3,
     "full_support": 0.0,
+    "members": 1,
+    "balance": 0.0,
     "num_train_iterations": 2000,
     "outer_lr": 1e-3,
     "min_outer_lr": 1e-4,
@@ -264,6 +266,7 @@ def add_outer_options(parser):
         count(1),
         "learners that are trained side by side, each with a seed of its own; predictions are their mean",
     )
+    add("balance", 0.0, real(0, 10), "power of its rarity by which a rating counts in the meta-objective; 0 = alike")
     add("warmup", 50, count(1), "iterations over which all rates rise")
     add("weight_decay", 0.01, real(0), "decoupled weight decay of the encoder")
     add(

@@ -45,7 +45,7 @@ def load_problem(options):
     with processes.one_by_machine():  # the others map its cache into memory
         ratings = datasets.load_ratings(options)
     train, validation, test = dataloader.split_users(len(ratings.user_ids), options)
-    sequences, mean, std = dataloader.standardise(ratings, train)
+    sequences, mean, std = dataloader.standardise(ratings, train, options.balance)
     usable = [dataloader.usable_users(sequences, users) for users in (train, validation, test)]
     if not all(len(users) for users in usable):
         raise UserError("the split leaves no users to train, validate or test on; lower --num_test_data or the filters")
@@ -200,7 +200,7 @@ def train_step(system, optimizer, tasks, options, iteration):
         predictions = []
         for member in system.members:
             prediction = member(part, options.use_second_order)
-            losses = maml.query_losses(prediction, part).sum(0) / len(tasks.table)
+            losses = maml.query_losses(prediction, part, weight=part.query_weight).sum(0) / len(tasks.table)
             (losses * weights).sum().backward()
             predictions.append(prediction.detach())
         mean = torch.stack(predictions).mean(0)

@@ -101,6 +101,7 @@ def lay_out(rows, width=None, query_items=(1,), seed=0):
         query_items=query,
         query_ratings=torch.zeros(len(query), dtype=torch.float64),
         query=torch.ones(len(query), dtype=torch.bool),
+        query_weight=torch.ones(len(query)),
         part=torch.tensor(0),
         query_last=torch.tensor(rows[0][0] - 1 if rows[0] else -1),
         **whole,
