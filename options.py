@@ -48,7 +48,15 @@ PAPER_FORM = {
 
 # Chosen on validation users of each data set; see results/EXPERIMENTS.md.
 DATA_DEFAULTS = {
-    "amazon": {"outer_lr": 5e-4, "item_lr": 1e-4, "num_factors": 8, "factor_prior": 40.0},
+    "amazon": {
+        "num_train_iterations": 800,
+        "outer_lr": 3e-4,
+        "item_lr": 1e-4,
+        "num_factors": 1,
+        "factor_prior": 10.0,
+        "members": 2,
+        "balance": 0.1,
+    },
     "ml-100k": {"factor_prior": 20.0, "num_test_data": 150},
     "ml-latest-small": {"num_test_data": 100},
     "sample": {"num_test_data": 150},

@@ -11,7 +11,8 @@ import runs
 from utils import UserError
 
 MOST_ITEMS = 10_000  # the most rated ones; a browser moves no more
-TABLES = {"item_factor": "item factors", "item_embedding": "item embeddings"}  # the first that there is
+TABLES = {"item_factor": "item factors", "item_embedding": "item embeddings"}
+DIMENSIONS = 2  # that the projector shows at least
 LEARNER = "members.0.learner"
 CONFIG = "projector_config.pbtxt"  # where TensorBoard looks
 TITLES = ("movies.dat", "movies.csv", "u.item")  # beside the ratings, as MovieLens comes
@@ -23,7 +24,8 @@ def write(folder, ratings, options):
     The configuration beside it, without which nothing is shown, is written last.
     """
     system = runs.load_checkpoint(runs.checkpoint_path(folder))["system"]
-    name = next(name for name in TABLES if f"{LEARNER}.{name}" in system)
+    factor = system.get(f"{LEARNER}.item_factor")
+    name = "item_embedding" if factor is None or factor.shape[1] < DIMENSIONS else "item_factor"
     count = np.bincount(ratings.items, minlength=len(ratings.item_ids))
     shown = np.sort(np.argsort(-count, kind="stable")[:MOST_ITEMS])
     place, config = folder / "projector", ProjectorConfig()
