@@ -86,7 +86,10 @@ def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
 def inner_loop(learner, loss_network, rates, tasks, tables, options, second_order):
     """What `adapt` gives, with the adapted parameters {name: (T, ...)} before it."""
     fast, train = start(learner, tables, options), torch.is_grad_enabled()
-    states = learner.encode(tasks, tables) if options.adapt == "head" else None
+    states = None
+    if options.adapt == "head":
+        of_history, of_queries = learner.encode(tasks, tables)
+        states = of_history, list(of_queries)
     count = (tasks.query_last + 1).to(tasks.ratings.dtype)
     # A rating in several windows counts once in all.
     share = tasks.support * (count / tasks.support.sum((1, 2)).clamp_min(1))[:, None, None]

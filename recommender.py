@@ -27,7 +27,7 @@ ENTRIES = {"options": dict, "system": dict, "item_ids": list, "levels": list, "f
 LOCAL = ("data_path", "cache_dir", "data_url", "log_dir", "pretrain_log_dir")  # options that name places of a machine
 ADAPTED_AT_ONCE = 128  # users
 SCORED_AT_ONCE = 65536  # items of all users
-IN_CACHE = 6000  # catalogue items whose states the processor's cache holds; fewer call more operations a user
+IN_CACHE = 6000  # items of all users whose states the processor's cache holds; fewer call more operations
 
 Item = int | str
 
@@ -202,21 +202,16 @@ class Recommender:
         """
         learner = self._thread_system().learner
         tables = {name: learner.get_parameter(name) for name in learner.table_names()}
-
-        def score(tasks, fast, items):
-            rows = {name: moved(table, tasks, fast.get(name)) for name, table in tables.items()}
-            weights = {name: value for name, value in fast.items() if name not in tables}
-            numbers = tasks.table.gather(1, tasks.items.flatten(1)).view_as(tasks.items)
-            tasks = maml.history_alone(tasks._replace(items=numbers, query_items=items))
-            return functional_call(learner, weights, (tasks, rows))[1]
-
-        if items is not None:
-            return score(tasks, fast, items)
-        everything = torch.arange(1, len(self.item_ids) + 1, device=self.device)[None]
-        few = max(1, IN_CACHE // everything.numel())
-        parts = [slice(first, first + few) for first in range(0, len(tasks.table), few)]
-        parts = [(cut(tasks, part), cut(fast, part)) for part in parts]
-        return torch.cat([score(some, of_some, everything.expand(len(some.table), -1)) for some, of_some in parts])
+        rows = {name: moved(table, tasks, fast.get(name)) for name, table in tables.items()}
+        weights = {name: value for name, value in fast.items() if name not in tables}
+        numbers = tasks.table.gather(1, tasks.items.flatten(1)).view_as(tasks.items)
+        if items is None:
+            items = torch.arange(1, len(self.item_ids) + 1, device=self.device)
+            if self.options.adapt == "all":  # then nothing of an item is the same for two users
+                items = items.expand(len(tasks.table), -1)
+        tasks = maml.history_alone(tasks._replace(items=numbers, query_items=items))
+        at_once = max(1, IN_CACHE // len(tasks.table))
+        return functional_call(learner, weights, (tasks, rows, None, at_once))[1]
 
     def _scores(self, supports, numbers=None):
         """(number of the first user, `_score` (T, Q)) for a few users after the other; see SCORED_AT_ONCE."""

@@ -149,7 +149,8 @@ def test_narm_equals_a_loop_over_positions():
         )
         return narm.norm(narm.decode(torch.cat([heads, local])))
 
-    states, after = narm(inputs[None], query, tasks)
+    states, memory = narm.read(inputs[None], tasks)
+    after = narm.ask(query, memory)
     for t in range(6):
         torch.testing.assert_close(states[0, t], last(inputs[: t + 1]))
     for one, got in zip(query, after, strict=True):
