@@ -166,4 +166,4 @@ def dot(state, weight):
     """Inner products of states (..., D) with a weight (D,), or of each task's states with its own (T, D)."""
     if weight.dim() == 1:
         return state @ weight
-    return (state.flatten(1, -2) @ weight[..., None]).view(state.shape[:-1])
+    return (weight[:, None] @ state.flatten(1, -2).transpose(-1, -2)).view(state.shape[:-1])  # rows are faster
