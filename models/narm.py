@@ -27,7 +27,7 @@ class NARM(nn.Module):
 
     def weights(self, target, past):
         """a_tj of targets (..., N, D) on the past (..., M, D): (..., N, M)"""
-        return self.similarity(torch.sigmoid(target[..., :, None, :] + past[..., None, :, :]))[..., 0]
+        return self.similarity((target[..., :, None, :] + past[..., None, :, :]).sigmoid_())[..., 0]
 
     def read(self, history, tasks):
         """Histories (R, S, D) -> (states of the same shape, what `ask` needs of them)."""
