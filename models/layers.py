@@ -96,12 +96,12 @@ class Attention(nn.Module):
     def ask(self, x, past, hidden):
         """Queries x (Q, D) on the keys and values `past` (H, d, S) under the mask `hidden` (S,) and on themselves."""
         (q, own_k, own_v), (k, v) = self.project(x), past  # (H, d, Q)
-        q = q * q.shape[-2] ** -0.5
-        scores = k.transpose(-1, -2) @ q
-        own = (q * own_k).sum(-2, keepdim=True).expand(*scores.shape[:-2], 1, -1)
+        scale = q.shape[-2] ** -0.5
+        scores = (k * scale).transpose(-1, -2) @ q
+        own = ((q * own_k).sum(-2, keepdim=True) * scale).expand(*scores.shape[:-2], 1, -1)
         scores = torch.cat([scores, own], -2).add_(F.pad(hidden, (0, 1))[..., None, :, None])
         weights = scores.softmax(-2)
-        out = v @ weights[..., :-1, :] + weights[..., -1:, :] * own_v
+        out = torch.addcmul(v @ weights[..., :-1, :], weights[..., -1:, :], own_v)
         return self.project_out(out.flatten(-3, -2).transpose(-1, -2))
 
     def project(self, x):
