@@ -88,7 +88,10 @@ def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
 def inner_loop(learner, loss_network, rates, tasks, tables, options, second_order):
     """What `adapt` gives, with the adapted parameters {name: (T, ...)} before it."""
     fast, train = start(learner, tables, options), torch.is_grad_enabled()
-    states = learner.encode(tasks, tables) if options.adapt == "head" else None
+    states = None
+    if options.adapt == "head":
+        of_history, of_queries = learner.encode(tasks, tables)
+        states = of_history, list(of_queries)
     count = (tasks.query_last + 1).to(tasks.ratings.dtype)
     # A rating in several windows counts once in all.
     share = tasks.support * (count / tasks.support.sum((1, 2)).clamp_min(1))[:, None, None]
@@ -199,6 +202,11 @@ class MetaLearner(nn.Module):
         """Standardised query predictions after 0..K inner steps, all tasks at once: (T, K + 1, Q)."""
         rows = look_up(self.learner, tasks, self.options.sparse_items)
         return adapt(self.learner, self.loss_network, self.rates, tasks, rows, self.options, second_order)[0]
+
+    def adapt(self, tasks):
+        """The adapted parameters {name: (T, ...)}."""
+        rows = look_up(self.learner, tasks)
+        return inner_loop(self.learner, self.loss_network, self.rates, tasks, rows, self.options, False)[0]
 
     def explain(self, tasks):
         """Query predictions as `forward` gives them, and the weight of each support rating at each step (T, K, R, S).

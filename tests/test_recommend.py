@@ -86,8 +86,8 @@ def support_of(ratings, user):
     "given",
     [
         {},
-        {"adapt": "all", "loss_network": "lstm", "head": "plain"},
-        {"use_rating_input": True, "loss_network": "metal"},
+        {"adapt": "all", "loss_network": "lstm", "head": "plain", "members": 2},
+        {"use_rating_input": True, "loss_network": "metal", "members": 2},
     ],
     ids=["head", "all", "rating-input"],
 )
