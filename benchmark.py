@@ -74,11 +74,11 @@ def settings(form, bench, *more):
 
 def build(options, bench, n_items=2500):
     """A meta-learner on the device, moved off its initialisation, where many gradients vanish."""
-    system = maml.MetaLearner(n_items, options, SCALE, torch.ones(n_items))
+    system = maml.Ensemble(n_items, options, SCALE, torch.ones(n_items))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in system.named_parameters():
-            if not name.startswith("learner.item"):
+            if ".learner.item" not in name:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     return system.to(bench.device)
 
@@ -107,7 +107,8 @@ def spread(tasks, width):
 
 def naive_losses(system, task):
     """Query losses (K + 1,) of one spread task by the book: whole item tables, everything anew at every step."""
-    learner, network, options = system.learner, system.loss_network, system.options
+    member, options = system.members[0], system.options
+    learner, network = member.learner, member.loss_network
     names, fast, losses = maml.adapted_names(learner, options), dict(learner.named_parameters()), []
     count = task.query_last + 1
     share = task.support * (count / task.support.sum())
@@ -125,7 +126,7 @@ def naive_losses(system, task):
         )
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
-                fast[name] = fast[name] - system.rates(name, step, count) * gradient
+                fast[name] = fast[name] - member.rates(name, step, count) * gradient
 
 
 def naive_gru(inputs, goes_on, weight, bias):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import metrics
 from utils import UserError, random_stream
 
 
@@ -30,6 +31,7 @@ class Tasks(NamedTuple):
     query_items: torch.Tensor  # (T, Q) places in the task's table
     query_ratings: torch.Tensor  # (T, Q) standardised targets
     query: torch.Tensor  # (T, Q) whether there is a query
+    query_weight: torch.Tensor  # (T, Q) what its error counts in the meta-objective
     part: torch.Tensor  # (T,) part of the users, from 1, whose item tables were fitted without the user; 0: none
     query_last: torch.Tensor  # (T,) last position of the query's history in row 0; -1: no history
 
@@ -43,6 +45,8 @@ class Sequences(NamedTuple):
     offsets: np.ndarray  # (n_users + 1,)
     items: np.ndarray  # (n,) catalogue numbers, 1-based
     ratings: np.ndarray  # (n,) standardised
+    levels: np.ndarray = np.zeros(1)  # (n_levels,) standardised rating levels
+    weights: np.ndarray = np.ones(1)  # (n_levels,) what an error in a rating of each level counts in training
 
 
 def split_users(n_users, options):
@@ -68,13 +72,20 @@ def split_users(n_users, options):
     return np.sort(rest[:n_train]), np.sort(rest[n_train:]), np.sort(test)
 
 
-def standardise(ratings, train):
-    """`Ratings` as `Sequences`, with the mean and deviation of the training users' ratings: (sequences, mean, std)."""
+def standardise(ratings, train, balance=0.0):
+    """`Ratings` as `Sequences`, with the mean and deviation of the training users' ratings: (sequences, mean, std).
+
+    A level with the share s of these ratings has a weight in proportion to s^-balance; their mean over ratings is 1.
+    """
     of_train = np.repeat(np.isin(np.arange(len(ratings.user_ids)), train), np.diff(ratings.offsets))
     values = ratings.values[of_train].astype(np.float64)
     mean, std = float(values.mean()), float(values.std()) or 1.0
     standard = ((ratings.values - mean) / std).astype(np.float32)
-    return Sequences(ratings.offsets, ratings.items.astype(np.int64) + 1, standard), mean, std
+    share = np.bincount(np.searchsorted(ratings.levels, values), minlength=len(ratings.levels)) / len(values)
+    weights = np.where(share > 0, share, 1.0) ** -balance
+    weights /= weights @ share
+    levels = (ratings.levels - mean) / std
+    return Sequences(ratings.offsets, ratings.items.astype(np.int64) + 1, standard, levels, weights), mean, std
 
 
 def usable_users(sequences, users, min_support=1):
@@ -159,6 +170,7 @@ def assemble(sequences, start, n_support, query_items, query_ratings, query, opt
         query_items=slots[:, split:],
         query_ratings=query_ratings.astype(np.float32),
         query=query,
+        query_weight=sequences.weights[metrics.nearest_level(query_ratings, sequences.levels)].astype(np.float32),
         part=np.zeros(len(start), np.int64),
         query_last=n_support - 1,
     )
@@ -237,9 +249,10 @@ def cut(tasks):
     """Tasks without the queries and places in tables that none of them uses."""
     queries = int(tasks.query.any(0).sum())
     table = 1 + max(int(tasks.items.max()), int(tasks.query_items.max()))
+    of_query = ("query_items", "query_ratings", "query", "query_weight")
     return tasks._replace(
         table=tasks.table[:, :table],
-        **{name: getattr(tasks, name)[:, :queries] for name in ("query_items", "query_ratings", "query")},
+        **{name: getattr(tasks, name)[:, :queries] for name in of_query},
     )
 
 

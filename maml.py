@@ -4,6 +4,8 @@ Equations of MELO (Kim et al., CIKM 2023), which follows MAML++ (Antoniou et al.
 R rows, S positions, Q queries, K inner steps.
 """
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -105,7 +107,10 @@ def inner_loop(learner, loss_network, rates, tasks, tables, options, second_orde
     fast, train = start(learner, tables, options), torch.is_grad_enabled()
     shapes = {name: value.shape[1:] for name, value in fast.items()}
     flat = torch.cat([value.reshape(len(value), -1) for value in fast.values()], 1)
-    states = learner.encode(tasks, tables) if options.adapt == "head" else None
+    states = None
+    if options.adapt == "head":
+        of_history, of_queries = learner.encode(tasks, tables)
+        states = of_history, list(of_queries)
     # A rating in several windows counts once in all.
     times = tasks.times.to(tasks.ratings.dtype)
     share = times / times.sum((1, 2), keepdim=True).clamp_min(1)
@@ -191,14 +196,15 @@ def objective_weights(options, iteration):
     return F.pad(step_weights(steps, iteration, horizon), (1, 0))
 
 
-def query_losses(predictions, tasks, loss=torch.square):
-    """`loss` of the errors of each task's queries, averaged over them, per number of inner steps: (T, K + 1)."""
-    errors = loss(predictions - tasks.query_ratings[:, None]) * tasks.query[:, None]
+def query_losses(predictions, tasks, loss=torch.square, weight=1):
+    """`loss` of the errors of each task's queries times a `weight` (T, Q), averaged over the queries, per number of
+    inner steps: (T, K + 1)."""
+    errors = loss(predictions - tasks.query_ratings[:, None]) * (tasks.query * weight)[:, None]
     return errors.sum(-1) / tasks.query.sum(-1, keepdim=True)
 
 
 class MetaLearner(nn.Module):
-    """All meta-parameters: the learner's initialisation, the inner rates and the loss network.
+    """One member's meta-parameters: the learner's initialisation, the inner rates and the loss network.
 
     With `num_inner_steps=0` it is the plain learner (Basic), which does not adapt.
     """
@@ -220,6 +226,11 @@ class MetaLearner(nn.Module):
         rows = look_up(self.learner, tasks, self.options.sparse_items)
         return adapt(self.learner, self.loss_network, self.rates, tasks, rows, self.options, second_order)[0]
 
+    def adapt(self, tasks):
+        """The adapted parameters {name: (T, ...)}."""
+        rows = look_up(self.learner, tasks)
+        return inner_loop(self.learner, self.loss_network, self.rates, tasks, rows, self.options, False)[0]
+
     def explain(self, tasks):
         """Query predictions as `forward` gives them, and the weight of each support rating at each step (T, K, R, S).
 
@@ -234,3 +245,44 @@ class MetaLearner(nn.Module):
         """Standardised predictions on the data's own scale, clipped to it, as float64."""
         mean, std, low, high = self.scale
         return (standardised.double() * std + mean).clamp(low, high)
+
+
+class Ensemble(nn.Module):
+    """`options.members` meta-learners with seeds of their own, of which each is trained as if it were alone.
+
+    The prediction is the mean of theirs: they err alike in what the ratings do not tell and unlike in what their
+    random start left in them, so their mean has the lower error.
+    """
+
+    def __init__(self, n_items, options, scale, item_counts=None, starts=None):
+        """`starts` holds each member's `start`; the other arguments are those of `MetaLearner`."""
+        super().__init__()
+        starts = starts or [None] * options.members
+        self.options = options
+        self.members = nn.ModuleList(
+            MetaLearner(n_items, own, scale, item_counts, start)
+            for own, start in zip(member_options(options), starts, strict=True)
+        )
+
+    @property
+    def scale(self):
+        return self.members[0].scale
+
+    def forward(self, tasks, second_order=False):
+        """Standardised query predictions after 0..K inner steps: (T, K + 1, Q)."""
+        return torch.stack([member(tasks, second_order) for member in self.members]).mean(0)
+
+    def explain(self, tasks):
+        """The members' mean `MetaLearner.explain`."""
+        queries, weights = zip(*(member.explain(tasks) for member in self.members), strict=True)
+        return torch.stack(queries).mean(0), torch.stack(weights).mean(0)
+
+    def to_rating(self, standardised):
+        """`MetaLearner.to_rating`, which is the same for all members."""
+        return self.members[0].to_rating(standardised)
+
+
+def member_options(options):
+    """Each member's options: the seeds of initialisation count up from `options.model_init_seed`."""
+    seeds = range(options.model_init_seed, options.model_init_seed + options.members)
+    return [argparse.Namespace(**{**vars(options), "model_init_seed": seed}) for seed in seeds]

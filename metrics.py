@@ -32,9 +32,7 @@ def prediction_errors(target, prediction, low, high):
     for name, values in (("target", target), ("prediction", prediction)):
         if not np.isfinite(values).all():
             number = int(np.flatnonzero(~np.isfinite(values))[0]) + 1
-            raise UserError(
-                f"{name} {number} of {len(values)} is not a finite number; score the targets again"
-            )
+            raise UserError(f"{name} {number} of {len(values)} is not a finite number; score the targets again")
     return np.clip(prediction, low, high) - target
 
 
@@ -107,11 +105,7 @@ def score(target, prediction, low, high, levels):
 
 def summary(squared, absolute, level):
     """Number of targets, and RMSE, MAE and macro-RMSE with standard errors (`_se`), of errors (n,)."""
-    figures = {
-        "rmse": rmse(squared),
-        "mae": mean_with_error(absolute),
-        "macro_rmse": macro_rmse(squared, level),
-    }
+    figures = {"rmse": rmse(squared), "mae": mean_with_error(absolute), "macro_rmse": macro_rmse(squared, level)}
     result = {"n": len(squared)}
     for name, (value, error) in figures.items():
         result |= {name: value, f"{name}_se": error}

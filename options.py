@@ -25,6 +25,8 @@ PAPER_FORM = {
     "num_samples": 25,
     "num_query_set": 3,
     "full_support": 0.0,
+    "members": 1,
+    "balance": 0.0,
     "num_train_iterations": 2000,
     "outer_lr": 1e-3,
     "min_outer_lr": 1e-4,
@@ -46,7 +48,15 @@ PAPER_FORM = {
 
 # Chosen on validation users of each data set; see results/EXPERIMENTS.md.
 DATA_DEFAULTS = {
-    "amazon": {"outer_lr": 5e-4, "item_lr": 1e-4, "num_factors": 8, "factor_prior": 40.0},
+    "amazon": {
+        "num_train_iterations": 800,
+        "outer_lr": 3e-4,
+        "item_lr": 1e-4,
+        "num_factors": 1,
+        "factor_prior": 10.0,
+        "members": 2,
+        "balance": 0.1,
+    },
     "ml-100k": {"factor_prior": 20.0, "num_test_data": 150},
     "ml-latest-small": {"num_test_data": 100},
     "sample": {"num_test_data": 150},
@@ -258,6 +268,13 @@ def add_outer_options(parser):
     add("loss_lr", 1e-2, real(0, 1e30), "learning rate of the mlp and metal loss networks")
     add("task_info_lr", 1e-2, real(0, 1e30), "learning rate of the metal loss's shift for the task")
     add("lstm_lr", 1e-2, real(0, 1e30), "learning rate of the lstm loss network")
+    add(
+        "members",
+        1,
+        count(1),
+        "learners that are trained side by side, each with a seed of its own; predictions are their mean",
+    )
+    add("balance", 0.0, real(0, 10), "power of its rarity by which a rating counts in the meta-objective; 0 = alike")
     add("warmup", 50, count(1), "iterations over which all rates rise")
     add("weight_decay", 0.01, real(0), "decoupled weight decay of the encoder")
     add(

@@ -11,18 +11,21 @@ import runs
 from utils import UserError
 
 MOST_ITEMS = 10_000  # the most rated ones; a browser moves no more
-TABLES = {"item_factor": "item factors", "item_embedding": "item embeddings"}  # the first that there is
+TABLES = {"item_factor": "item factors", "item_embedding": "item embeddings"}
+DIMENSIONS = 2  # that the projector shows at least
+LEARNER = "members.0.learner"
 CONFIG = "projector_config.pbtxt"  # where TensorBoard looks
 TITLES = ("movies.dat", "movies.csv", "u.item")  # beside the ratings, as MovieLens comes
 
 
 def write(folder, ratings, options):
-    """Write the item table of a run's best checkpoint to <folder>/projector.
+    """Write the item table of the first member of a run's best checkpoint to <folder>/projector.
 
     The configuration beside it, without which nothing is shown, is written last.
     """
     system = runs.load_checkpoint(runs.checkpoint_path(folder))["system"]
-    name = next(name for name in TABLES if f"learner.{name}" in system)
+    factor = system.get(f"{LEARNER}.item_factor")
+    name = "item_embedding" if factor is None or factor.shape[1] < DIMENSIONS else "item_factor"
     count = np.bincount(ratings.items, minlength=len(ratings.item_ids))
     shown = np.sort(np.argsort(-count, kind="stable")[:MOST_ITEMS])
     place, config = folder / "projector", ProjectorConfig()
@@ -31,7 +34,7 @@ def write(folder, ratings, options):
     try:
         (folder / CONFIG).unlink(missing_ok=True)
         place.mkdir(exist_ok=True)
-        vectors = system[f"learner.{name}"][1 + shown].tolist()
+        vectors = system[f"{LEARNER}.{name}"][1 + shown].tolist()
         paths["tensor_path"].write_text(as_lines([f"{x:.4g}" for x in row] for row in vectors), "utf-8")
         paths["metadata_path"].write_text(as_lines(describe(ratings, shown, read_titles(options))), "utf-8")
     except OSError as error:

@@ -20,6 +20,7 @@ import dataloader
 import maml
 import options as option_module
 import runs
+from models.kernels import VECTOR
 from utils import UserError, choose_device
 
 EXPORT_VERSION = 1
@@ -27,7 +28,7 @@ ENTRIES = {"options": dict, "system": dict, "item_ids": list, "levels": list, "f
 LOCAL = ("data_path", "cache_dir", "data_url", "log_dir", "pretrain_log_dir")  # options that name places of a machine
 ADAPTED_AT_ONCE = 128  # users
 SCORED_AT_ONCE = 65536  # items of all users
-IN_CACHE = 6000  # catalogue items whose states the processor's cache holds; fewer call more operations a user
+IN_CACHE = 6000  # items of all users whose states the processor's cache holds; fewer call more operations
 
 Item = int | str
 
@@ -187,37 +188,23 @@ class Recommender:
 
     @torch.no_grad()
     def _adapt(self, supports):
-        """(tasks, {name: adapted parameter (T, ...)}) of at least one user."""
-        system = self._thread_system()
-
+        """(tasks, each member's adapted parameters {name: (T, ...)}) of at least one user."""
         tasks = self._tasks(supports, np.zeros((len(supports), 1), np.int64))
-        rows = maml.look_up(system.learner, tasks)
-        parts = system.learner, system.loss_network, system.rates
-        return tasks, maml.inner_loop(*parts, tasks, rows, system.options, False)[0]
+        return tasks, [member.adapt(tasks) for member in self._thread_system().members]
 
     @torch.no_grad()
     def _score(self, tasks, fast, items=None):
-        """Standardised predictions (T, Q) of the catalogue numbers items (T, Q); None: of the whole catalogue.
-
-        The item tables are not copied for each user.
-        """
-        learner = self._thread_system().learner
-        tables = {name: learner.get_parameter(name) for name in learner.table_names()}
-
-        def score(tasks, fast, items):
-            rows = {name: moved(table, tasks, fast.get(name)) for name, table in tables.items()}
-            weights = {name: value for name, value in fast.items() if name not in tables}
-            numbers = tasks.table.gather(1, tasks.items.flatten(1)).view_as(tasks.items)
-            tasks = maml.history_alone(tasks._replace(items=numbers, query_items=items))
-            return functional_call(learner, weights, (tasks, rows))[1]
-
-        if items is not None:
-            return score(tasks, fast, items)
-        everything = torch.arange(1, len(self.item_ids) + 1, device=self.device)[None]
-        few = max(1, IN_CACHE // everything.numel())
-        parts = [slice(first, first + few) for first in range(0, len(tasks.table), few)]
-        parts = [(cut(tasks, part), cut(fast, part)) for part in parts]
-        return torch.cat([score(some, of_some, everything.expand(len(some.table), -1)) for some, of_some in parts])
+        """Standardised predictions (T, Q) of the catalogue numbers items (T, Q); None: of the whole catalogue."""
+        numbers = tasks.table.gather(1, tasks.items.flatten(1)).view_as(tasks.items)
+        if items is None:
+            items = torch.arange(1, len(self.item_ids) + 1, device=self.device)
+            if self.options.adapt == "all":  # then nothing of an item is the same for two users
+                items = items.expand(len(tasks.table), -1)
+        tasks = maml.history_alone(tasks._replace(items=numbers, query_items=items))
+        # Softmax over parts of another width takes half as long again.
+        at_once = max(1, IN_CACHE // len(tasks.table) // VECTOR) * VECTOR
+        members = self._thread_system().members
+        return sum(score(*pair, tasks, at_once) for pair in zip(members, fast, strict=True)) / len(members)
 
     def _scores(self, supports, numbers=None):
         """(number of the first user, `_score` (T, Q)) for a few users after the other; see SCORED_AT_ONCE."""
@@ -227,7 +214,8 @@ class Recommender:
             step = max(1, SCORED_AT_ONCE // (len(self.item_ids) if items is None else items.shape[1]))
             for first in range(0, len(tasks.table), step):
                 part = slice(first, first + step)
-                scores = self._score(cut(tasks, part), cut(fast, part), None if items is None else items[part])
+                some = dataloader.Tasks(*(tensor[part] for tensor in tasks))
+                scores = self._score(some, cut_fast(fast, part), None if items is None else items[part])
                 yield begin + first, scores
 
     def _best(self, scores, supports, n):
@@ -251,7 +239,7 @@ class AdaptedUser(NamedTuple):
     support: Support
     unknown: list[Item]  # rated items that training did not see, left out
     tasks: dataloader.Tasks
-    fast: dict
+    fast: list[dict]  # each member's adapted parameters
 
     @property
     def adapted(self) -> bool:
@@ -278,11 +266,20 @@ class AdaptedUser(NamedTuple):
         return torch.tensor([self.recommender.number(item) for item in items], device=self.recommender.device).long()
 
 
-def cut(batch, part):
-    """Part of a batch: of `dataloader.Tasks`, or of {name: tensor}."""
-    if isinstance(batch, dict):
-        return {name: tensor[part] for name, tensor in batch.items()}
-    return dataloader.Tasks(*(tensor[part] for tensor in batch))
+def score(member, fast, tasks, at_once):
+    """A member's predictions (T, Q) with adapted parameters `fast`; items and queries of tasks are catalogue numbers.
+
+    The item tables are not copied for each user.
+    """
+    tables = member.learner.tables()
+    rows = {name: moved(table, tasks, fast.get(name)) for name, table in tables.items()}
+    weights = {name: value for name, value in fast.items() if name not in tables}
+    return functional_call(member.learner, weights, (tasks, rows, None, at_once))[1]
+
+
+def cut_fast(fast, part):
+    """Part of the users' adapted parameters."""
+    return [{name: tensor[part] for name, tensor in of_member.items()} for of_member in fast]
 
 
 def moved(table, tasks, rows):
@@ -313,12 +310,12 @@ def check_ids(ids, source):
 
 
 def build(tensors, n_items, options, source):
-    """The `maml.MetaLearner` of a checkpoint's tensors; UserError where they do not fit."""
+    """The `maml.Ensemble` of a checkpoint's tensors; UserError where they do not fit."""
     misfit = f"{source} does not fit its own options (other names, sizes or values): use another file"
-    scale = tensors.get("scale")
+    scale = tensors.get("members.0.scale")
     if not isinstance(scale, torch.Tensor) or scale.shape != (4,) or not (scale[2] < scale[3] and scale[1] > 0):
         raise UserError(misfit)
-    system = maml.MetaLearner(n_items, options, scale.tolist())
+    system = maml.Ensemble(n_items, options, scale.tolist())
     try:
         system.load_state_dict(tensors)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -42,12 +42,11 @@ def load_pretrained(system, problem, options):
     for name in ("random_seed", "fold", "num_folds", "num_test_data"):
         if getattr(stored, name) != getattr(options, name):
             raise UserError(f"{path} was trained with another --{name}, so it has seen test users: pretrain anew")
-    weights = basic.learner.state_dict()
-    if not options.load_pretrained:
-        weights = {name: weights[name] for name in basic.learner.table_names()}
     try:
-        system.learner.load_state_dict(weights, strict=options.load_pretrained)
-    except RuntimeError as error:
+        for member, pretrained in zip(system.members, basic.members, strict=True):
+            weights = pretrained.learner.state_dict() if options.load_pretrained else pretrained.learner.tables()
+            member.learner.load_state_dict(weights, strict=options.load_pretrained)
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} has other sizes than this learner: pretrain with the same model options") from error
 
 

@@ -1,5 +1,6 @@
 """What a run shows: its progress bar, its lines in a log file, its TensorBoard events."""
 
+import itertools
 import sys
 
 import numpy as np
@@ -119,14 +120,15 @@ def log_validation(run, log, bar, scored):
 
 def log_learned(run, log):
     """Log the inner rates and dampings of each part that adapts, and what the loss network made of the ratings."""
-    iteration, rates = run.loop["iteration"], run.average.module.rates
-    for kind, tensors in (("inner_rate", rates.log_rate), ("inner_damping", rates.log_damping)):
+    iteration = run.loop["iteration"]
+    for kind in ("rate", "damping"):
         parts = {}
-        for name, values in tensors.items():
+        tensors = [getattr(member.rates, f"log_{kind}").items() for member in run.average.module.members]
+        for name, values in itertools.chain(*tensors):
             part = name.split("/")[0] if name.startswith("encoder") else name.split("/")[-1]
             parts.setdefault(part, []).append(values.detach().exp().flatten().cpu().numpy())
         for part, values in parts.items():
-            log.add_histogram(f"{kind}/{part}", np.concatenate(values), iteration)
+            log.add_histogram(f"inner_{kind}/{part}", np.concatenate(values), iteration)
     if run.options.use_adaptive_loss:
         weights, level = rating_weights(run)
         log.add_histogram("loss_weight/all_ratings", weights, iteration)

@@ -23,6 +23,7 @@ import metrics
 import processes
 import runs
 import tracking
+from models.learner import TABLES
 from optimizer import RowAdamW, clip
 from utils import UserError
 
@@ -44,7 +45,7 @@ def load_problem(options):
     with processes.one_by_machine():  # the others map its cache into memory
         ratings = datasets.load_ratings(options)
     train, validation, test = dataloader.split_users(len(ratings.user_ids), options)
-    sequences, mean, std = dataloader.standardise(ratings, train)
+    sequences, mean, std = dataloader.standardise(ratings, train, options.balance)
     usable = [dataloader.usable_users(sequences, users) for users in (train, validation, test)]
     if not all(len(users) for users in usable):
         raise UserError("the split leaves no users to train, validate or test on; lower --num_test_data or the filters")
@@ -52,23 +53,24 @@ def load_problem(options):
 
 
 def build_system(problem, options, fresh=True):
-    """A `maml.MetaLearner`; a fresh one's item tables start from the training users with --init_items=factors.
+    """A `maml.Ensemble`; a fresh one's item tables start from the training users with --init_items=factors.
 
     In processes other than 0 its values count for nothing: `copy_first` overwrites them.
     """
-    ratings, n_items, start, counts = problem.ratings, len(problem.ratings.item_ids), None, None
-    fitting = problem.sequences, problem.train, n_items, options
+    ratings, n_items, starts, counts = problem.ratings, len(problem.ratings.item_ids), None, None
+    fittings = [(problem.sequences, problem.train, n_items, own) for own in maml.member_options(options)]
     fit_items = fresh and options.head == "joint" and options.init_items == "factors"
     if fit_items and processes.is_first():
-        start = item_tables.fit(*fitting)
+        starts = [item_tables.fit(*fitting) for fitting in fittings]
         of_train = np.repeat(np.isin(np.arange(len(ratings.user_ids)), problem.train), np.diff(ratings.offsets))
         counts = torch.from_numpy(np.bincount(ratings.items[of_train], minlength=n_items)).float()
     scale = (problem.mean, problem.std, ratings.low, ratings.high)
-    system = maml.MetaLearner(n_items, options, scale, counts, start)
+    system = maml.Ensemble(n_items, options, scale, counts, starts)
     if fit_items and options.cross_fit:
-        tables = {name: system.learner.get_parameter(name)[1:] for name in system.learner.table_names()}
-        nothing = {name: table.new_zeros(options.cross_fit + 1, *table.shape) for name, table in tables.items()}
-        system.learner.shift_items(item_tables.fit_apart(*fitting, start) if start else nothing)
+        for number, (member, fitting) in enumerate(zip(system.members, fittings, strict=True)):
+            tables = {name: table[1:] for name, table in member.learner.tables().items()}
+            nothing = {name: table.new_zeros(options.cross_fit + 1, *table.shape) for name, table in tables.items()}
+            member.learner.shift_items(item_tables.fit_apart(*fitting, starts[number]) if starts else nothing)
     return system
 
 
@@ -139,28 +141,40 @@ LEAST_SHARE = 64  # validation users of a process; fewer are not worth dividing
 
 def parameter_groups(system, options):
     """Parameters by the learning rate they have, each group with its name."""
-    learner, loss = system.learner, system.loss_network
-    tables = [learner.get_parameter(name) for name in learner.table_names()]
-    items = [table for table in tables if table is not learner.item_embedding]
-    own = {id(table) for table in tables}
-    groups = [
-        {"name": "encoder", "params": [p for p in learner.parameters() if id(p) not in own], "lr": options.outer_lr},
-        {"name": "embedding", "params": [learner.item_embedding], "lr": options.embedding_lr},
-        {"name": "items", "params": items, "lr": options.item_lr},
-        {"name": "rates", "params": [p for p in system.rates.parameters() if p.requires_grad], "lr": options.learn_lr},
+    rates = {
+        "encoder": options.outer_lr,
+        "embedding": options.embedding_lr,
+        "items": options.item_lr,
+        "rates": options.learn_lr,
+        "loss": options.lstm_lr if options.loss_network == "lstm" else options.loss_lr,
+        "task_info": options.task_info_lr,
+    }
+    parameters = {name: [] for name in rates}
+    for member in system.members:
+        for name, parameter in member.named_parameters():
+            if parameter.requires_grad:
+                parameters[group_name(name)].append(parameter)
+    return [
+        {
+            "name": name,
+            "params": parameters[name],
+            "lr": rate,
+            "initial_lr": rate,
+            "weight_decay": options.weight_decay if name == "encoder" else 0.0,
+        }
+        for name, rate in rates.items()
+        if parameters[name]
     ]
-    if loss is not None:
-        loss_rate = options.lstm_lr if options.loss_network == "lstm" else options.loss_lr
-        shift = list(loss.shift.parameters()) if options.loss_network == "metal" else []
-        moved = {id(p) for p in shift}
-        groups += [
-            {"name": "loss", "params": [p for p in loss.parameters() if id(p) not in moved], "lr": loss_rate},
-            {"name": "task_info", "params": shift, "lr": options.task_info_lr},
-        ]
-    for group in groups:
-        group["initial_lr"] = group["lr"]
-        group["weight_decay"] = options.weight_decay if group["name"] == "encoder" else 0.0
-    return [group for group in groups if group["params"]]
+
+
+def group_name(parameter):
+    """The group of `parameter_groups` that a meta-learner's parameter belongs to, by its name."""
+    part, rest = parameter.split(".", 1)
+    if part == "loss_network":
+        return "task_info" if rest.startswith("shift.") else "loss"
+    if part == "learner" and rest in TABLES:
+        return "embedding" if rest == "item_embedding" else "items"
+    return "encoder" if part == "learner" else part
 
 
 def anneal(options, iteration):
@@ -173,6 +187,8 @@ def anneal(options, iteration):
 def train_step(system, optimizer, tasks, options, iteration):
     """One outer step: (mean query loss before adapting, after it, absolute error after it, norm of the meta-gradient).
 
+    Each member of the system follows its own loss and gradient; the figures are those of the mean prediction, and the
+    largest norm.
     Of the `tasks` each process takes its share; the step and its figures are those of all of them.
     Raises FloatingPointError, with the parameters as they were, where any of them is not finite.
     """
@@ -181,15 +197,19 @@ def train_step(system, optimizer, tasks, options, iteration):
     total = torch.zeros(options.num_inner_steps + 2, device=system.scale.device)  # losses, and the absolute error
     mine = move(tasks, system, *processes.share(len(tasks.table)))
     for _, part in dataloader.by_size(mine, options.task_chunk, system.scale.is_cuda):
-        predictions = system(part, options.use_second_order)
-        losses = maml.query_losses(predictions, part).sum(0) / len(tasks.table)
-        (losses * weights).sum().backward()
-        total[:-1] += losses.detach()
-        total[-1] += maml.query_losses(predictions[:, -1:].detach(), part, torch.abs).sum() / len(tasks.table)
+        predictions = []
+        for member in system.members:
+            prediction = member(part, options.use_second_order)
+            losses = maml.query_losses(prediction, part, weight=part.query_weight).sum(0) / len(tasks.table)
+            (losses * weights).sum().backward()
+            predictions.append(prediction.detach())
+        mean = torch.stack(predictions).mean(0)
+        total[:-1] += maml.query_losses(mean, part).sum(0) / len(tasks.table)
+        total[-1] += maml.query_losses(mean[:, -1:], part, torch.abs).sum() / len(tasks.table)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if processes.count() > 1:
         total = sum_over_processes(system, parameters, tasks, total)
-    norm = clip(parameters, options.clip_norm)
+    norm = max(clip(member.parameters(), options.clip_norm) for member in system.members)
     figures = torch.stack([total[0], total[-2], total[-1], norm]).tolist()
     if not all(map(math.isfinite, figures)):
         raise FloatingPointError(divergence(options, iteration, figures[0], figures[1], figures[3]))
@@ -199,8 +219,8 @@ def train_step(system, optimizer, tasks, options, iteration):
 
 def sum_over_processes(system, parameters, tasks, figures):
     """Make gradients, and `figures` (n,), those of all tasks; the figures."""
-    sparse = system.learner.table_names() if system.options.sparse_items else []
-    tables = [system.learner.get_parameter(name) for name in sparse]
+    learners = [member.learner for member in system.members] if system.options.sparse_items else []
+    tables = [table for learner in learners for table in learner.tables().values()]
     rows = tasks.table.unique().to(figures.device) if tables else None
     return processes.sum_gradients(parameters, tables, rows, figures)
 
@@ -247,7 +267,7 @@ def is_out_of_memory(error):
 class Run(NamedTuple):
     """What the loop works on: constant through a run, but for what `loop` holds."""
 
-    system: maml.MetaLearner  # what is trained
+    system: maml.Ensemble  # what is trained
     average: AveragedModel  # running mean of its weights: what is validated and tested
     problem: Problem
     options: object

@@ -3,7 +3,7 @@
 from torch import nn
 
 from models.kernels import Gelu
-from models.layers import Attention, Linear, Norm, hide, history_mask, join, look_up, part, query_mask, spread
+from models.layers import Attention, Linear, Norm, hide, history_mask, look_up, query_mask, spread
 
 
 class BERT4Rec(nn.Module):
@@ -24,15 +24,23 @@ class BERT4Rec(nn.Module):
         )
         nn.init.normal_(self.position.weight, std=0.02)
 
-    def forward(self, history, query, tasks):
-        """history (R, S, D), query (Q, D) -> states of the same shapes."""
-        history = history + look_up(self.position.weight, tasks.position)
-        query = query + spread(self.position.weight[..., 0, :], query)
-        x = self.norm(join(history, query))
-        hidden = hide(history_mask(tasks, causal=False), x.dtype), hide(query_mask(tasks), x.dtype)
+    def read(self, history, tasks):
+        """Histories (R, S, D) -> (states of the same shape, what `ask` needs of them)."""
+        x = self.norm(history + look_up(self.position.weight, tasks.position))
+        hidden, pasts = hide(history_mask(tasks, causal=False), x.dtype), []
         for block in self.blocks:
-            x = block(x, *hidden)
-        return part(x, tasks.items)
+            attended, past = block.attention(x, hidden)
+            x = block(x, attended)
+            pasts.append(past)
+        return x, (pasts, hide(query_mask(tasks), x.dtype))
+
+    def ask(self, query, memory):
+        """Queries (Q, D) -> states of the same shape."""
+        x = self.norm(query + spread(self.position.weight[..., 0, :], query))
+        pasts, hidden = memory
+        for block, past in zip(self.blocks, pasts, strict=True):
+            x = block(x, block.attention.ask(x, past, hidden))
+        return x
 
 
 class BERTBlock(nn.Module):
@@ -44,6 +52,7 @@ class BERTBlock(nn.Module):
         self.widen, self.narrow = Linear(hidden, 4 * hidden), Linear(4 * hidden, hidden)
         self.norm1, self.norm2 = Norm(hidden), Norm(hidden)
 
-    def forward(self, x, *hidden):
-        x = self.norm1(x + self.attention(x, *hidden))
+    def forward(self, x, attended):
+        """x (..., D) with what its attention gave, of the same shape."""
+        x = self.norm1(x + attended)
         return self.norm2(x + self.narrow(Gelu.apply(self.widen(x))))

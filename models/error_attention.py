@@ -27,31 +27,43 @@ class ErrorAttention(nn.Module):
         self.gain = nn.Parameter(torch.full((heads,), 0.1))
 
     def forward(self, tasks, tables):
-        """(weights of the errors in each position's row (R, S, S), of those in row 0 for each query (Q, S))."""
-        history, query = (
-            torch.cat([look_up(tables[name], items) for name in ("item_embedding", "item_factor")], -1)
-            for items in (tasks.items, tasks.query_items)
-        )
-        position = tasks.position
-        apart = position[..., None, :] - position[..., :, None]
-        earlier = history_mask(tasks, causal=True).tril(-1)
-        of_row = self.weigh(history, history, apart, earlier)
-        first = position.select(-2, 0)[..., None, :]
-        return of_row, self.weigh(query, history.select(-3, 0), first, query_mask(tasks)[..., None, :])
+        """(weights of the errors in each position's row (R, S, S), what `ask` needs of row 0)."""
+        x, position = features(tasks.items, tables), tasks.position
+        apart = position[..., :, None] - position[..., None, :]
+        earlier = history_mask(tasks, causal=True).tril(-1).transpose(-1, -2)
+        first, all_of_it = position.select(-2, 0)[..., None], query_mask(tasks)[..., None]
+        return self.weigh(x, *self.read(x, apart, earlier)), self.read(x.select(-3, 0), first, all_of_it)
 
-    def weigh(self, x, past, ages, mask):
-        """x (..., N, F), past (..., M, F), ages and mask (..., N or 1, M) -> weights (..., N, M)"""
-        past = past[..., None, :, :]  # scaled rather than x, which may be a whole catalogue
-        likeness = x[..., None, :, :] @ (past * spread(self.likeness[..., None, :], past, 3)).transpose(-1, -2)
-        logits = likeness + look_up(self.by_age, ages.clamp(0, self.by_age.shape[-2] - 1)).movedim(-1, -3)
-        logits = logits + hide(mask, logits.dtype)[..., None, :, :]
-        rest = spread(self.rest[..., None, None], logits, 3).expand(*logits.shape[:-1], 1)
-        shares = torch.cat([logits, rest], -1).softmax(-1)[..., :-1]
-        return (shares * spread(self.gain[..., None, None], shares, 3)).sum(-3)
+    def ask(self, items, past, tables):
+        """Weights (Q, S) of the errors in row 0 for query items (Q,)."""
+        return self.weigh(features(items, tables), *past)
+
+    def read(self, past, ages, mask):
+        """past (M, F), ages and mask (M, N or 1) -> (past of each head (H, M, F), what is added (H, M, N or 1))"""
+        past = past[..., None, :, :]  # scaled rather than what is compared with it, which may be a whole catalogue
+        past = past * spread(self.likeness[..., None, :], past, 3)
+        offsets = look_up(self.by_age, ages.clamp(0, self.by_age.shape[-2] - 1)).movedim(-1, -3)
+        return past, offsets + hide(mask, past.dtype)[..., None, :, :]
+
+    def weigh(self, x, past, offsets):
+        """x (N, F) and what `read` gives -> weights (N, M)"""
+        likeness = past.flatten(-3, -2) @ x.transpose(-1, -2)
+        logits = likeness.unflatten(-2, past.shape[-3:-1]) + offsets  # (H, M, N)
+        rest = spread(self.rest[..., None, None], logits, 3).expand(*logits.shape[:-2], 1, logits.shape[-1])
+        shares = torch.cat([logits, rest], -2).softmax(-2)[..., :-1, :]
+        return (shares * spread(self.gain[..., None, None], shares, 3)).sum(-3).transpose(-1, -2)
 
 
-def add_errors(predictions, weights, tasks):
-    """Predictions of positions (R, S) and queries (Q,), with the weighted errors of earlier known ratings added."""
-    (history, query), (of_row, of_query) = predictions, weights
-    error = ((tasks.ratings - history) * tasks.known)[..., None]
-    return history + (of_row @ error)[..., 0], query + (of_query @ error.select(-3, 0))[..., 0]
+def features(items, tables):
+    """What likeness compares, embeddings and factors of items (...): (..., F)"""
+    return torch.cat([look_up(tables[name], items) for name in ("item_embedding", "item_factor")], -1)
+
+
+def errors(predictions, tasks):
+    """The errors of positions (R, S), 0 where the rating is not known."""
+    return (tasks.ratings - predictions) * tasks.known
+
+
+def add_errors(predictions, weights, errors):
+    """Predictions (..., N) with errors (..., M) added by weights (..., N, M)."""
+    return predictions + (errors[..., None, :] @ weights.transpose(-1, -2))[..., 0, :]

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from models.layers import GRU, Norm, run_layers
+from models.layers import GRU, Norm, ask_layers, read_layers
 
 
 class GRU4Rec(nn.Module):
@@ -16,7 +16,11 @@ class GRU4Rec(nn.Module):
         self.layers = nn.ModuleList(GRU(self.hidden, self.hidden) for _ in range(options.gru4rec_n_layers))
         self.norm = Norm(self.hidden)
 
-    def forward(self, history, query, tasks):
-        """history (R, S, D), query (Q, D) -> states of the same shapes."""
-        history, query = run_layers(self.layers, history, query, tasks)
-        return self.norm(history), self.norm(query)
+    def read(self, history, tasks):
+        """Histories (R, S, D) -> (states of the same shape, what `ask` needs of them)."""
+        states, last = read_layers(self.layers, history, tasks)
+        return self.norm(states), last
+
+    def ask(self, query, last):
+        """Queries (Q, D) -> states of the same shape."""
+        return self.norm(ask_layers(self.layers, query, last))

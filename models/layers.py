@@ -2,10 +2,11 @@
 
 Learners see two streams: histories (R, S, D), rows of one task's support windows, and queries (Q, D), candidate
 next items. A query reads the history in row 0 and itself; nothing reads a query. So a prediction depends neither
-on the other queries nor on their number, and a whole catalogue is scored in one pass.
+on the other queries nor on their number: histories are read once, and then a whole catalogue may ask, part by part.
 
 All this holds for one task or, with a dimension T in front of every shape, for T tasks at once, each with parameters
-of its own (T, ...) where it has been adapted: the inner loop of all tasks is one computation.
+of its own (T, ...) where it has been adapted: the inner loop of all tasks is one computation. Queries that are the
+same for all tasks may lack the dimension T; what does not hang on the history is then computed once for all.
 """
 
 import torch
@@ -55,11 +56,20 @@ class Linear(nn.Linear):
             return super().forward(x)
         return Affine.apply(x.flatten(1, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
 
+    def across(self, x):
+        """The same with positions last: x (..., N, I) -> (..., O, N)."""
+        weight, bias, lead = self.weight, self.bias[..., None], self.weight.dim() - 2
+        flat = x.flatten(lead, -2).transpose(-1, -2)
+        out = torch.baddbmm(bias, weight, flat) if lead else torch.addmm(bias, weight, flat)
+        return out.unflatten(-1, x.shape[lead:-1]).movedim(lead, -2)
+
 
 class Norm(nn.LayerNorm):
     """torch's layer norm, its weights perhaps each task's own."""
 
     def forward(self, x):
+        if self.weight.dim() == 1 and not torch.is_grad_enabled():
+            return super().forward(x)
         return Standardise.apply(x, self.eps) * spread(self.weight, x) + spread(self.bias, x)
 
 
@@ -75,33 +85,26 @@ class Attention(nn.Module):
         self.project_in = Linear(hidden, 3 * hidden)
         self.project_out = Linear(hidden, hidden)
 
-    def forward(self, x, hidden, to_history):
-        """x (R S + Q, D) are the histories' positions and the queries, `hidden` (R, S, S) and `to_history` (S,) masks;
-        the same shape as x."""
-        rows, length = hidden.shape[-3:-1]
-        n = rows * length
-        projected = self.project_in(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0)  # (3, N, H, d)
-        q, k, v = projected[..., :n, :, :].unflatten(-3, (rows, length)).movedim(-3, -1).contiguous().unbind()
-        history = Attend.apply(q, k, v, hidden[..., None, :, :])  # (R, H, d, S)
+    def forward(self, x, hidden):
+        """Histories x (R, S, D) under the mask `hidden` (R, S, S) -> (the same shape, what `ask` reads of row 0)."""
+        q, k, v = self.project(x)  # (R, H, d, S)
+        out = Attend.apply(q, k, v, hidden[..., None, :, :]).movedim(-1, -3).flatten(-2)
+        return self.project_out(out), (k.select(-4, 0), v.select(-4, 0))
 
-        own_q, own_k, own_v = projected[..., n:, :, :].transpose(-2, -3).unbind()  # (H, Q, d)
-        k, v, size = k.select(-4, 0), v.select(-4, 0), k.shape[-2]
-        scores = torch.cat([own_q @ k, (own_q * own_k).sum(-1, keepdim=True)], -1) * size**-0.5
-        weights = (scores + F.pad(to_history, (0, 1))[..., None, None, :]).softmax(-1)
-        query = weights[..., :-1] @ v.transpose(-1, -2) + weights[..., -1:] * own_v
-        history = history.movedim(-1, -3).flatten(-4, -3).flatten(-2)
-        return self.project_out(torch.cat([history, query.transpose(-2, -3).flatten(-2)], -2))
+    def ask(self, x, past, hidden):
+        """Queries x (Q, D) on the keys and values `past` (H, d, S) under the mask `hidden` (S,) and on themselves."""
+        (q, own_k, own_v), (k, v) = self.project(x), past  # (H, d, Q)
+        scale = q.shape[-2] ** -0.5
+        scores = (k * scale).transpose(-1, -2) @ q
+        own = ((q * own_k).sum(-2, keepdim=True) * scale).expand(*scores.shape[:-2], 1, -1)
+        scores = torch.cat([scores, own], -2).add_(F.pad(hidden, (0, 1))[..., None, :, None])
+        weights = scores.softmax(-2)
+        out = torch.addcmul(v @ weights[..., :-1, :], weights[..., -1:, :], own_v)
+        return self.project_out(out.flatten(-3, -2).transpose(-1, -2))
 
-
-def join(history, query):
-    """Both streams, (R, S, D) and (Q, D), as one (R S + Q, D)."""
-    return torch.cat([history.flatten(-3, -2), query], -2)
-
-
-def part(x, like):
-    """The two streams of `join`; `like` (R, S, ...) gives the rows."""
-    n = like.shape[-2] * like.shape[-1]
-    return x[..., :n, :].unflatten(-2, like.shape[-2:]), x[..., n:, :]
+    def project(self, x):
+        """Queries, keys and values (..., H, d, N) of x (..., N, D); for why positions come last see `Attend`."""
+        return self.project_in.across(x).unflatten(-2, (3, self.heads, -1)).movedim(-4, 0).contiguous().unbind()
 
 
 class GRU(nn.Module):
@@ -127,22 +130,28 @@ class GRU(nn.Module):
         new = torch.tanh(new_x + reset * new_h)
         return new + update * (state - new)
 
-    def forward(self, history, query, tasks):
-        """history (R, S, I), query (Q, I) -> states (R, S, D) and (Q, D); a query is one step after row 0's history."""
-        gates, goes_on = self.input(history), continues(tasks)
+    def forward(self, x, tasks):
+        """Histories x (R, S, I) -> states (R, S, D)."""
+        gates, goes_on = self.input(x), continues(tasks)
         if self.state.weight.dim() == 2:  # one set of weights: the rows of all tasks are rows alike
             gates, goes_on = gates.flatten(0, -3), goes_on.flatten(0, -2)
-        states = GRUScan.apply(gates, goes_on, self.state.weight, self.state.bias)
-        states = states.view(*history.shape[:-1], -1)
-        last = last_state(states, tasks)[..., None, :].expand(*query.shape[:-1], -1)
-        return states, self.step(self.input(query), last)
+        return GRUScan.apply(gates, goes_on, self.state.weight, self.state.bias).view(*x.shape[:-1], -1)
 
 
-def run_layers(layers, history, query, tasks):
-    """Both streams through a stack of recurrent layers."""
+def read_layers(layers, x, tasks):
+    """Histories through a stack of recurrent layers: (states (R, S, D), what `ask_layers` needs, each layer's last)."""
+    last = []
     for layer in layers:
-        history, query = layer(history, query, tasks)
-    return history, query
+        x = layer(x, tasks)
+        last.append(last_state(x, tasks)[..., None, :])
+    return x, last
+
+
+def ask_layers(layers, x, last):
+    """Queries through the stack, each one step after row 0's history: states (Q, D)."""
+    for layer, state in zip(layers, last, strict=True):
+        x = layer.step(layer.input(x), state)
+    return x
 
 
 def continues(tasks):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.bert4rec import BERT4Rec
-from models.error_attention import ErrorAttention, add_errors
+from models.error_attention import ErrorAttention, add_errors, errors
 from models.gru4rec import GRU4Rec
 from models.layers import Linear, last_state, look_up, spread
 from models.narm import NARM
@@ -58,21 +58,42 @@ class Learner(nn.Module):
         """Names of the tables that this learner has."""
         return [name for name in TABLES if hasattr(self, name)]
 
-    def encode(self, tasks, tables):
-        """What does not hang on what the head adapts: (states of positions (R, S, D), of queries (Q, D), weights of
-        earlier errors or None)."""
-        history = look_up(tables["item_embedding"], tasks.items)
-        query = look_up(tables["item_embedding"], tasks.query_items)
-        if self.read_rating is not None:
-            history, query = self.read_rating(history, query, tasks, self.encoder.causal)
-        weights = None if self.errors is None else self.errors(tasks, tables)
-        return *self.encoder(history, query, tasks), weights
+    def tables(self):
+        """{name: (n_items + 1, width)} of the tables that this learner has."""
+        return {name: self.get_parameter(name) for name in self.table_names()}
 
-    def forward(self, tasks, tables, states=None):
+    def encode(self, tasks, tables, at_once=None):
+        """What does not hang on what the head adapts: `read` and, `at_once` queries after the other, `ask`."""
+        *of_history, memory = self.read(tasks, tables)
+        parts = tasks.query_items.split(at_once or tasks.query_items.shape[-1], -1)
+        return of_history, (self.ask(items, memory, tables) for items in parts)
+
+    def read(self, tasks, tables):
+        """Of histories: states (R, S, D), weights of earlier errors (R, S, S) or None, and what `ask` needs."""
+        history, rated = look_up(tables["item_embedding"], tasks.items), None
+        if self.read_rating is not None:
+            history, rated = self.read_rating(history, tasks, self.encoder.causal)
+        states, past = self.encoder.read(history, tasks)
+        weights, errors = (None, None) if self.errors is None else self.errors(tasks, tables)
+        return states, weights, (rated, past, errors)
+
+    def ask(self, items, memory, tables):
+        """Of query items (Q,): themselves, states (Q, D), weights of the errors in row 0 (Q, S) or None."""
+        rated, past, errors = memory
+        query = look_up(tables["item_embedding"], items)
+        states = self.encoder.ask(query if rated is None else query + rated, past)
+        return items, states, None if errors is None else self.errors.ask(items, errors, tables)
+
+    def forward(self, tasks, tables, states=None, at_once=None):
         """Predictions of one task: (R, S) for its positions, (Q,) for its queries, in standard deviations."""
-        history, query, weights = self.encode(tasks, tables) if states is None else states
-        found = self.head(history, tasks.items, tables), self.head(query, tasks.query_items, tables)
-        return found if weights is None else add_errors(found, weights, tasks)
+        (state, weights), queries = self.encode(tasks, tables, at_once) if states is None else states
+        history = self.head(state, tasks.items, tables)
+        if weights is None:
+            return history, torch.cat([self.head(state, items, tables) for items, state, _ in queries], -1)
+        error = errors(history, tasks)
+        of_query = error.select(-2, 0)
+        found = [add_errors(self.head(state, items, tables), of, of_query) for items, state, of in queries]
+        return add_errors(history, weights, error), torch.cat(found, -1)
 
 
 def hidden_size(options):
@@ -96,14 +117,15 @@ class ReadRating(nn.Module):
         self.by_item = Linear(hidden, hidden, bias=False)
         self.by_value = Linear(2, hidden)
 
-    def forward(self, history, query, tasks, causal):
+    def forward(self, history, tasks, causal):
+        """Inputs (R, S, D) with ratings added, and what is to be added to queries (1, D) or None."""
         values = torch.stack([tasks.ratings, torch.ones_like(tasks.ratings)], -1)
         rated = tasks.ratings[..., None] * self.by_item(history) + self.by_value(values)
         rated = rated * tasks.known[..., None]
         if not causal:
-            return history + rated, query
+            return history + rated, None
         same = (tasks.segment[..., 1:] == tasks.segment[..., :-1])[..., None]
-        return history + F.pad(rated[..., :-1, :] * same, (0, 0, 1, 0)), query + last_state(rated, tasks)[..., None, :]
+        return history + F.pad(rated[..., :-1, :] * same, (0, 0, 1, 0)), last_state(rated, tasks)[..., None, :]
 
 
 class JointHead(nn.Module):
@@ -126,7 +148,8 @@ class JointHead(nn.Module):
         effect = look_up(tables["item_effect"], items)[..., 0]
         factor = look_up(tables["item_factor"], items)
         vector = spread(self.user_vector, state) + self.to_vector(state)
-        return effect + spread(self.user_bias, effect, 0) + (factor * vector).sum(-1) + dot(state, self.state_weight)
+        bias = spread(self.user_bias, state[..., 0], 0)
+        return effect + bias + (factor * vector).sum(-1) + dot(state, self.state_weight)
 
 
 class PlainHead(nn.Module):
@@ -147,4 +170,4 @@ def dot(state, weight):
     """Inner products of states (..., D) with a weight (D,), or of each task's states with its own (T, D)."""
     if weight.dim() == 1:
         return state @ weight
-    return (state.flatten(1, -2) @ weight[..., None]).view(state.shape[:-1])
+    return (weight[:, None] @ state.flatten(1, -2).transpose(-1, -2)).view(state.shape[:-1])  # rows are faster

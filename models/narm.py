@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from models.kernels import PairScores
-from models.layers import GRU, Linear, Norm, history_mask, query_mask, run_layers
+from models.layers import GRU, Linear, Norm, ask_layers, history_mask, query_mask, read_layers
 
 
 class NARM(nn.Module):
@@ -27,21 +27,26 @@ class NARM(nn.Module):
 
     def weights(self, target, past):
         """a_tj of targets (..., N, D) on the past (..., M, D): (..., N, M)"""
-        return self.similarity(torch.sigmoid(target[..., :, None, :] + past[..., None, :, :]))[..., 0]
+        return self.similarity((target[..., :, None, :] + past[..., None, :, :]).sigmoid_())[..., 0]
 
-    def forward(self, history, query, tasks):
-        """history (R, S, D), query (Q, D) -> states of the same shapes."""
-        global_h, global_q = run_layers(self.globals, history, query, tasks)
-        local_h, local_q = run_layers(self.locals, history, query, tasks)
-        past, mask = self.at_past(local_h), history_mask(tasks, causal=True)
-        a = PairScores.apply(self.at_target(local_h), past, self.similarity.weight[..., 0, :], mask)
-        summed_h = a @ local_h
+    def read(self, history, tasks):
+        """Histories (R, S, D) -> (states of the same shape, what `ask` needs of them)."""
+        states, last_global = read_layers(self.globals, history, tasks)
+        local, last_local = read_layers(self.locals, history, tasks)
+        past, mask = self.at_past(local), history_mask(tasks, causal=True)
+        a = PairScores.apply(self.at_target(local), past, self.similarity.weight[..., 0, :], mask)
+        memory = last_global, last_local, past.select(-3, 0), local.select(-3, 0), query_mask(tasks)[..., None, :]
+        return self.join(states, a @ local), memory
 
-        target = self.at_target(local_q)
-        a = self.weights(target, past.select(-3, 0)) * query_mask(tasks)[..., None, :]
-        own = self.similarity(torch.sigmoid(target + self.at_past(local_q)))
-        summed_q = a @ local_h.select(-3, 0) + own * local_q
-        return (
-            self.norm(self.decode(torch.cat([global_h, summed_h], -1))),
-            self.norm(self.decode(torch.cat([global_q, summed_q], -1))),
-        )
+    def ask(self, query, memory):
+        """Queries (Q, D) -> states of the same shape."""
+        last_global, last_local, past, local_past, mask = memory
+        state, local = ask_layers(self.globals, query, last_global), ask_layers(self.locals, query, last_local)
+        target = self.at_target(local)
+        a = self.weights(target, past) * mask
+        own = self.similarity(torch.sigmoid(target + self.at_past(local)))
+        return self.join(state, a @ local_past + own * local)
+
+    def join(self, state, summed):
+        """The states (..., D) of the global encoder's and the local one's sum."""
+        return self.norm(self.decode(torch.cat([state, summed], -1)))

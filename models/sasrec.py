@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers import Attention, Linear, Norm, hide, history_mask, join, look_up, part, query_mask, spread
+from models.layers import Attention, Linear, Norm, hide, history_mask, look_up, query_mask, spread
 
 
 class SASRec(nn.Module):
@@ -21,15 +21,23 @@ class SASRec(nn.Module):
         self.norm = Norm(self.hidden)
         nn.init.normal_(self.position.weight, std=0.02)
 
-    def forward(self, history, query, tasks):
-        """history (R, S, D), query (Q, D) -> states of the same shapes."""
-        history = history + look_up(self.position.weight, tasks.position)
-        query = query + spread(self.position.weight[..., 0, :], query)
-        x = join(history, query)
-        hidden = hide(history_mask(tasks, causal=True), x.dtype), hide(query_mask(tasks), x.dtype)
+    def read(self, history, tasks):
+        """Histories (R, S, D) -> (states of the same shape, what `ask` needs of them)."""
+        x = history + look_up(self.position.weight, tasks.position)
+        hidden, pasts = hide(history_mask(tasks, causal=True), x.dtype), []
         for block in self.blocks:
-            x = block(x, *hidden)
-        return part(self.norm(x), tasks.items)
+            attended, past = block.attention(block.norm1(x), hidden)
+            x = block(x, attended)
+            pasts.append(past)
+        return self.norm(x), (pasts, hide(query_mask(tasks), x.dtype))
+
+    def ask(self, query, memory):
+        """Queries (Q, D) -> states of the same shape."""
+        x = query + spread(self.position.weight[..., 0, :], query)
+        pasts, hidden = memory
+        for block, past in zip(self.blocks, pasts, strict=True):
+            x = block(x, block.attention.ask(block.norm1(x), past, hidden))
+        return self.norm(x)
 
 
 class SASBlock(nn.Module):
@@ -41,6 +49,7 @@ class SASBlock(nn.Module):
         self.first, self.second = Linear(hidden, hidden), Linear(hidden, hidden)
         self.norm1, self.norm2 = Norm(hidden), Norm(hidden)
 
-    def forward(self, x, *hidden):
-        x = x + self.attention(self.norm1(x), *hidden)
+    def forward(self, x, attended):
+        """x (..., D) with what its attention gave, of the same shape."""
+        x = x + attended
         return x + self.second(F.relu(self.first(self.norm2(x))))

@@ -138,9 +138,7 @@ def plain_ridge(values, known, factor, penalty):
     rows = []
     for row, mask in zip(values, known, strict=True):
         design = factor[mask]
-        rows.append(
-            np.linalg.solve(design.T @ design + penalty * np.eye(factor.shape[1]), design.T @ row[mask])
-        )
+        rows.append(np.linalg.solve(design.T @ design + penalty * np.eye(factor.shape[1]), design.T @ row[mask]))
     return np.array(rows)
 
 
@@ -151,10 +149,7 @@ def test_factorise_equals_plain_loops_over_a_table():
     table[user, ratings.items], known[user, ratings.items] = ratings.values, True
     overall, of_user = table[known].mean(), np.zeros(25)
     for _ in range(5):
-        of_item = [
-            np.sum((table[:, i] - overall - of_user)[known[:, i]]) / (known[:, i].sum() + 2)
-            for i in range(14)
-        ]
+        of_item = [np.sum((table[:, i] - overall - of_user)[known[:, i]]) / (known[:, i].sum() + 2) for i in range(14)]
         of_user = [np.sum((table[u] - overall - of_item)[known[u]]) / (known[u].sum() + 3) for u in range(25)]
     rest = table - overall - np.array(of_item) - np.array(of_user)[:, None]
     item_vector = random_stream(7).normal(0, 0.1, (14, 3))
@@ -250,9 +245,7 @@ def root_mean(ratings, users, predict):
 def test_the_constants_are_the_best_on_validation_users(fitted):
     ratings, (train, validation, _), (predictors, chosen) = fitted
     for name, constants, predict in baselines.candidates(ratings, train):
-        difference = root_mean(ratings, validation, predict) - root_mean(
-            ratings, validation, predictors[name]
-        )
+        difference = root_mean(ratings, validation, predict) - root_mean(ratings, validation, predictors[name])
         assert difference > -1e-12
         assert difference < 1e-12 or constants != chosen[name]
 
@@ -271,9 +264,7 @@ def test_scores_are_the_predictors_on_full_and_cut_supports(fitted):
     assert again == chosen and list(scores) == list(predictors)
     for name, predictions in scores.items():
         for row, longest in zip(predictions, (29, 1, 5, 29), strict=True):
-            assert np.array_equal(
-                row, predictors[name](baselines.last_support(ratings, split[2], longest)[0])
-            )
+            assert np.array_equal(row, predictors[name](baselines.last_support(ratings, split[2], longest)[0]))
 
 
 def test_lenskit_agrees(fitted):
@@ -281,15 +272,10 @@ def test_lenskit_agrees(fitted):
     ratings, (train, _, test), (predictors, _) = fitted
     support, target = baselines.last_support(ratings, test, 29)
     mean, effect = baselines.fit_effects(ratings, train, damping=5.0)
-    theirs = baselines.lenskit_predictions(
-        ratings, train, support, damping=(5.0, 10.0), k=2, regularisation=0.05
-    )
+    theirs = baselines.lenskit_predictions(ratings, train, support, damping=(5.0, 10.0), k=2, regularisation=0.05)
     ours = baselines.predict_effects(mean, effect, 10.0, support)
     assert theirs["bias"] == pytest.approx(ours, abs=2e-6)  # LensKit computes in single precision
-    rmse = [
-        np.sqrt(np.mean((p - target) ** 2))
-        for p in (theirs["als"], predictors["matrix factorisation"](support))
-    ]
+    rmse = [np.sqrt(np.mean((p - target) ** 2)) for p in (theirs["als"], predictors["matrix factorisation"](support))]
     assert rmse[0] == pytest.approx(rmse[1], abs=0.03)
 
 

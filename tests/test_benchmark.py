@@ -32,7 +32,7 @@ def test_naive_reference_gives_the_same_gradients(model, form):
 def test_naive_reference_of_first_order():
     options = tiny.options(use_multi_step=False, use_adaptive_loss=False, adapt="all", init_items="random")
     assert not options.use_second_order
-    system, tasks = tiny.system(options), tiny.training_tasks(options)
+    system, tasks = tiny.ensemble(options), tiny.training_tasks(options)
     assert benchmark.gradient_difference(system, tasks, benchmark.spread(tasks, options.max_seq_len - 1)) < 1e-7
 
 

@@ -56,12 +56,35 @@ def test_impossible_split_is_refused(given):
 def test_standardised_by_training_ratings_alone():
     values = np.array([1, 5, 2, 4, 3, 3], np.float32)
     ratings = SimpleNamespace(
-        user_ids=np.arange(3), offsets=np.array([0, 2, 4, 6]), values=values, items=np.zeros(6, np.int32)
+        user_ids=np.arange(3),
+        offsets=np.array([0, 2, 4, 6]),
+        values=values,
+        items=np.zeros(6, np.int32),
+        levels=np.arange(1.0, 6),
     )
     sequences, mean, std = dataloader.standardise(ratings, np.array([1, 2]))
     assert (mean, std) == (pytest.approx(3), pytest.approx(values[2:].std()))
     assert sequences.ratings == pytest.approx((values - mean) / std)
     assert (sequences.items == 1).all()
+    assert (sequences.weights == 1).all()
+
+
+def test_rare_ratings_weigh_more_by_the_power_of_their_rarity():
+    values = np.array([5, 5, 1, 5, 5, 2, 2, 2], np.float32)  # the second user trains: 2 is three of five ratings
+    ratings = SimpleNamespace(
+        user_ids=np.arange(2),
+        offsets=np.array([0, 3, 8]),
+        values=values,
+        items=np.arange(8, dtype=np.int32),
+        levels=np.array([1.0, 2, 5]),
+    )
+    sequences, mean, std = dataloader.standardise(ratings, np.array([1]), balance=0.5)
+    assert sequences.levels * std + mean == pytest.approx([1, 2, 5])
+    unseen, rare, often = sequences.weights
+    assert rare / often == pytest.approx((3 / 2) ** -0.5)
+    assert 0.6 * rare + 0.4 * often == pytest.approx(1)
+    tasks = dataloader.last_tasks(sequences, np.array([0, 1]), tiny.options())
+    assert tasks.query_weight[:, 0].tolist() == pytest.approx([unseen, rare])
 
 
 # -----------------------------------------------------------------------------

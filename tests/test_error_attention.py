@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch.func import functional_call
 
-from models.error_attention import ErrorAttention, add_errors
+from models.error_attention import ErrorAttention, add_errors, errors
 from models.learner import Learner
 
 WIDTH = 8
@@ -39,10 +39,22 @@ def by_hand(attention, item, earlier, tables):
     return total
 
 
+class Both(torch.nn.Module):
+    """Weights of positions and of queries."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, tasks, tables):
+        of_row, past = self.attention(tasks, tables)
+        return of_row, self.attention.ask(tasks.query_items, past, tables)
+
+
 def test_weights_equal_a_loop_over_pairs():
     attention, _, tables = build()
     tasks = tiny.lay_out([[5], [3, 2]], width=6, query_items=(3, 9))
-    of_row, of_query = attention(tasks, tables)
+    of_row, of_query = Both(attention)(tasks, tables)
     expected = torch.zeros_like(of_row)
     for r, segments in enumerate(tasks.segment.tolist()):
         for i, segment in enumerate(segments):
@@ -64,13 +76,15 @@ def test_known_errors_alone_are_added():
     history, query = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, dtype=torch.float64)
     weights = torch.rand(1, 4, 4, dtype=torch.float64).tril(-1), torch.rand(1, 4, dtype=torch.float64)
     error = (tasks.ratings - history)[0] * torch.tensor([1, 1, 0, 1])
-    found = add_errors((history, query), weights, tasks)
+    found = errors(history, tasks)
+    found = add_errors(history, weights[0], found), add_errors(query, weights[1], found[0])
     torch.testing.assert_close(found[0][0], history[0] + weights[0][0] @ error)
     torch.testing.assert_close(found[1], query + weights[1] @ error)
 
 
 def test_a_batch_with_weights_of_each_task_equals_the_tasks_alone():
     attention, options, _ = build()
+    attention = Both(attention)
     tasks = tiny.training_tasks(options)
     tables = Learner(40, options).double()
     rows = {name: tables.rows(name, tasks) for name in ("item_embedding", "item_factor")}

@@ -45,11 +45,12 @@ def block_parts(block, torchs, first, second):
     return torchs
 
 
-def streams(module, history, query, tasks, causal):
-    """What an attention or block gives for histories (R, S, D) and queries (Q, D)."""
+def streams(attention, history, query, tasks, causal, before=lambda x: x):
+    """What an attention gives for histories (R, S, D) and queries (Q, D), each first handed to `before`."""
     masks = layers.history_mask(tasks, causal), layers.query_mask(tasks)
-    hidden = (layers.hide(mask, history.dtype) for mask in masks)
-    return layers.part(module(layers.join(history, query), *hidden), tasks.items)
+    hidden, to_history = (layers.hide(mask, history.dtype) for mask in masks)
+    of_history, past = attention(before(history), hidden)
+    return of_history, attention.ask(before(query), past, to_history)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -67,11 +68,12 @@ def test_attention_equals_torch(causal):
     torch.testing.assert_close(out_q, expected[LENGTH:])
 
 
-def check_block(block, expected, causal):
+def check_block(block, expected, causal, before=lambda x: x):
     """Our block on a window and queries equals torch's layer on the window with the queries behind it."""
     tasks = lay_out([[LENGTH]], width=LENGTH + 1)
     history, query = random(1, LENGTH + 1, WIDTH), random(2, WIDTH, seed=1)
-    out_h, out_q = streams(block, history, query, tasks, causal)
+    attended = streams(block.attention, history, query, tasks, causal, before)
+    out_h, out_q = (block(x, more) for x, more in zip((history, query), attended, strict=True))
     both = expected(torch.cat([history[:, :LENGTH], query[None]], 1), src_mask=joint_mask(LENGTH, 2, causal))[0]
     torch.testing.assert_close(torch.cat([out_h[0, :LENGTH], out_q]), both)
 
@@ -85,7 +87,7 @@ def test_bert_block_equals_torch():
 def test_sasrec_block_equals_torch():
     block = jitter(sasrec.SASBlock(WIDTH, HEADS))
     theirs = nn.TransformerEncoderLayer(WIDTH, HEADS, WIDTH, 0.0, "relu", batch_first=True, norm_first=True).double()
-    check_block(block, block_parts(block, theirs, block.first, block.second), causal=True)
+    check_block(block, block_parts(block, theirs, block.first, block.second), True, block.norm1)
 
 
 def test_gru_equals_torch():
@@ -94,7 +96,8 @@ def test_gru_equals_torch():
     copy(mine, [theirs.weight_ih_l0, theirs.weight_hh_l0, theirs.bias_ih_l0, theirs.bias_hh_l0])
     tasks = lay_out([[LENGTH]], width=LENGTH + 2)
     history, query = random(1, LENGTH + 2, WIDTH), random(3, WIDTH, seed=1)
-    states, after = ours(history, query, tasks)
+    states, last = layers.read_layers([ours], history, tasks)
+    after = layers.ask_layers([ours], query, last)
     torch.testing.assert_close(states[:, :LENGTH], theirs(history[:, :LENGTH])[0])
     for one, got in zip(query, after, strict=True):
         longer = torch.cat([history[0, :LENGTH], one[None]])
@@ -136,7 +139,7 @@ def test_attention_ignores_layout(causal):
 
 def test_recurrences_ignore_layout():
     gru, cell, start = (jitter(layers.GRU(WIDTH, WIDTH)), jitter(nn.Linear(2 * WIDTH, 4 * WIDTH)), random(2, WIDTH))
-    torch.testing.assert_close(*by_window(lambda inputs, tasks: gru(inputs, random(1, WIDTH), tasks)[0]))
+    torch.testing.assert_close(*by_window(lambda inputs, tasks: gru(inputs, tasks)))
     parameters = cell.weight, cell.bias, start
     torch.testing.assert_close(*by_window(lambda x, tasks: LSTMScan.apply(x, layers.continues(tasks), *parameters)))
 
@@ -144,7 +147,7 @@ def test_recurrences_ignore_layout():
 def test_query_without_history_is_a_first_step():
     gru, query = jitter(layers.GRU(WIDTH, WIDTH)), random(2, WIDTH)
     tasks = lay_out([[LENGTH]])._replace(query_last=torch.tensor(-1))
-    _, after = gru(random(1, LENGTH, WIDTH), query, tasks)
+    after = layers.ask_layers([gru], query, layers.read_layers([gru], random(1, LENGTH, WIDTH), tasks)[1])
     torch.testing.assert_close(after, gru.step(gru.input(query), torch.zeros_like(query)))
 
 

@@ -85,6 +85,19 @@ def test_predictions_are_blind_to_query_ratings_and_other_queries(model, reads, 
 
 
 @every_form
+def test_queries_of_all_tasks_alike_and_in_parts_are_predicted_the_same(model, reads, head):
+    learner, options = build(model, reads, head, n_items=40)
+    tasks, everything = tiny.training_tasks(options), torch.arange(1, 41)
+    numbers = tasks.table.gather(1, tasks.items.flatten(1)).view_as(tasks.items)
+    tasks = tasks._replace(items=numbers, query_items=everything.expand(len(tasks.table), -1))
+    rows = {name: learner.get_parameter(name) for name in learner.table_names()}
+    expected = learner(tasks, rows)
+    for items, at_once in ((everything, None), (everything, 7), (tasks.query_items, 7)):
+        found = learner(tasks._replace(query_items=items), rows, at_once=at_once)
+        torch.testing.assert_close(found, expected)
+
+
+@every_form
 def test_causal_learners_are_blind_to_later_items_and_ratings(model, reads, head):
     learner, _ = build(model, reads, head)
     tasks = tiny.lay_out([[6]], query_items=(3,))
@@ -149,7 +162,8 @@ def test_narm_equals_a_loop_over_positions():
         )
         return narm.norm(narm.decode(torch.cat([heads, local])))
 
-    states, after = narm(inputs[None], query, tasks)
+    states, memory = narm.read(inputs[None], tasks)
+    after = narm.ask(query, memory)
     for t in range(6):
         torch.testing.assert_close(states[0, t], last(inputs[: t + 1]))
     for one, got in zip(query, after, strict=True):

@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 import dataloader
 import maml
+import optimizer
 import training
 from models import loss_network
 
@@ -188,11 +189,34 @@ def test_first_order_is_the_gradient_at_the_adapted_weights():
 def test_task_chunk_gives_equal_gradients(chunk):
     found = []
     for size in (0, chunk):
-        system, tasks, options = make("narm", "lstm", "all", task_chunk=size)
+        _, tasks, options = make("narm", "lstm", "all", task_chunk=size)
+        system = tiny.ensemble(options)
         optimizer = torch.optim.SGD(training.parameter_groups(system, options), lr=1.0)
         figures = training.train_step(system, optimizer, tasks, options, 3)
         found.append((figures, system.state_dict()))
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_members_are_trained_as_if_each_were_alone(sparse):
+    def trained(seed, members):
+        given = {"init_items": "random", "sparse_items": sparse, "clip_norm": 0.1}
+        options = tiny.options(model_init_seed=seed, members=members, **given)
+        system = maml.Ensemble(40, options, tiny.SCALE).double()
+        chosen = optimizer.RowAdamW(training.parameter_groups(system, options))
+        tasks = tiny.training_tasks(options)
+        for _ in range(3):
+            training.train_step(system, chosen, tasks, options, 0)
+        return system, tasks
+
+    together, tasks = trained(5, 2)
+    alone = [trained(5 + number, 1)[0] for number in range(2)]
+    for member, single in zip(together.members, alone, strict=True):
+        torch.testing.assert_close(member.state_dict(), single.members[0].state_dict())
+    (queries, weights), of_each = together.explain(tasks), [single.explain(tasks) for single in alone]
+    torch.testing.assert_close(together(tasks), sum(single(tasks) for single in alone) / 2)
+    torch.testing.assert_close(queries, sum(found for found, _ in of_each) / 2)
+    torch.testing.assert_close(weights, sum(found for _, found in of_each) / 2)
 
 
 @pytest.mark.parametrize("adapt", ["head", "all"])
@@ -221,7 +245,7 @@ def test_tasks_do_not_touch_each_other():
 
 def test_no_inner_steps_is_the_plain_learner():
     system, tasks, options = make("sasrec")
-    options.num_inner_steps = 0
+    system.options.num_inner_steps = 0
     predictions = system(tasks)
     tables = maml.look_up(system.learner, tasks)
     for t, prediction in enumerate(predictions):

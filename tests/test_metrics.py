@@ -83,9 +83,7 @@ def test_compare_equals_a_plain_loop_and_is_antisymmetric():
     mean = sum(differences) / 400
     error = math.sqrt(sum((d - mean) ** 2 for d in differences) / 399 / 400)
     result = metrics.compare(first, second)
-    assert result == pytest.approx(
-        (mean, error, mean / error, mean - 1.959964 * error, mean + 1.959964 * error)
-    )
+    assert result == pytest.approx((mean, error, mean / error, mean - 1.959964 * error, mean + 1.959964 * error))
     there, back = metrics.compare(first, second), metrics.compare(second, first)
     assert (back.difference, back.z, back.low) == pytest.approx((-there.difference, -there.z, -there.high))
 
@@ -145,14 +143,7 @@ def test_balance_groups_have_equal_width():
 
 @pytest.mark.parametrize(
     ("target", "prediction"),
-    [
-        ([1, 2], [1, np.nan]),
-        ([1, 2], [np.inf, 1]),
-        ([1, np.nan], [1, 1]),
-        ([1, 2], [1]),
-        ([], []),
-        ([[1]], [[1]]),
-    ],
+    [([1, 2], [1, np.nan]), ([1, 2], [np.inf, 1]), ([1, np.nan], [1, 1]), ([1, 2], [1]), ([], []), ([[1]], [[1]])],
 )
 def test_a_missing_prediction_is_an_error(target, prediction):
     with pytest.raises(UserError):

@@ -131,7 +131,7 @@ def test_batch_that_no_process_divides(tmp_path):
 def train(path, options, count=20):
     """Take outer steps in double precision and save parameters and figures in `path`."""
     processes.connect(torch.device("cpu"))
-    system = tiny.system(options)
+    system = tiny.ensemble(options)
     optimizer = RowAdamW(training.parameter_groups(system, options))
     sequences = tiny.sequences()
     users = np.arange(len(sequences.offsets) - 1)

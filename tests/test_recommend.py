@@ -59,7 +59,7 @@ def stirred(problem, **given):
     """(system away from its initialisation, `Recommender` around it)."""
     opts = options(mode="sample", **given)
     scale = (problem.mean, problem.std, problem.ratings.low, problem.ratings.high)
-    system = maml.MetaLearner(len(problem.ratings.item_ids), opts, scale)
+    system = maml.Ensemble(len(problem.ratings.item_ids), opts, scale)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in system.parameters():
@@ -86,8 +86,8 @@ def support_of(ratings, user):
     "given",
     [
         {},
-        {"adapt": "all", "loss_network": "lstm", "head": "plain"},
-        {"use_rating_input": True, "loss_network": "metal"},
+        {"adapt": "all", "loss_network": "lstm", "head": "plain", "members": 2},
+        {"use_rating_input": True, "loss_network": "metal", "members": 2},
     ],
     ids=["head", "all", "rating-input"],
 )
@@ -252,7 +252,7 @@ def test_entries_that_do_not_fit_are_refused(trained, entry, value):
 
 
 def test_values_that_are_not_finite_are_refused(trained):
-    system = {**trained.state["system"], "learner.head.user_bias": torch.tensor(torch.nan)}
+    system = {**trained.state["system"], "members.0.learner.head.user_bias": torch.tensor(torch.nan)}
     with pytest.raises(UserError, match="does not fit"):
         Recommender(trained.state | {"system": system}, "a file")
 

@@ -62,7 +62,12 @@ def jitter(module, seed=0, std=0.3):
 
 def system(options, n_items=40, seed=0):
     """A meta-learner away from its initialisation."""
-    return jitter(maml.MetaLearner(n_items, options, SCALE), seed)
+    return ensemble(options, n_items, seed).members[0]
+
+
+def ensemble(options, n_items=40, seed=0):
+    """`options.members` of them."""
+    return jitter(maml.Ensemble(n_items, options, SCALE), seed)
 
 
 def lay_out(rows, width=None, query_items=(1,), seed=0):
@@ -97,6 +102,7 @@ def lay_out(rows, width=None, query_items=(1,), seed=0):
         query_items=query,
         query_ratings=torch.zeros(len(query), dtype=torch.float64),
         query=torch.ones(len(query), dtype=torch.bool),
+        query_weight=torch.ones(len(query)),
         part=torch.tensor(0),
         query_last=torch.tensor(rows[0][0] - 1 if rows[0] else -1),
         **whole,

@@ -23,11 +23,7 @@ YEAR = 365 * 24 * 3600
 def parse_options(arguments=None):
     parser = argparse.ArgumentParser(description="Write the bundled sample of synthetic ratings.")
     add = parser.add_argument
-    add(
-        "--output",
-        default=Path(__file__).with_name("ratings.csv"),
-        help="file to write (default: %(default)s)",
-    )
+    add("--output", default=Path(__file__).with_name("ratings.csv"), help="file to write (default: %(default)s)")
     add("--seed", type=int, default=20, help="random seed (default: %(default)s)")
     add("--users", type=int, default=900, help="number of users (default: %(default)s)")
     add("--items", type=int, default=220, help="number of items (default: %(default)s)")
