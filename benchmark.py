@@ -155,9 +155,9 @@ def naive_lstm(inputs, goes_on, weight, bias, start):
     return torch.stack(states, -2)
 
 
-def naive_norm(x, eps):
-    """`kernels.Standardise` as torch's layer norm."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
+def naive_norm(x, weight, bias, eps):
+    """`kernels.Norm` as torch's layer norm without weights, and these."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * weight + bias
 
 
 def naive_attention(q, k, v, hide):
@@ -176,7 +176,7 @@ NAIVE = {
     kernels.PairScores: naive_pairs,
     kernels.GRUScan: naive_gru,
     kernels.LSTMScan: naive_lstm,
-    kernels.Standardise: naive_norm,
+    kernels.Norm: naive_norm,
     kernels.Gelu: F.gelu,
     kernels.Attend: naive_attention,
 }

@@ -18,40 +18,50 @@ aten = torch.ops.aten
 # pointwise
 
 
-class Standardise(Function):
-    """x (..., D) with mean 0 and mean square 1 over the last dimension: layer norm without weights."""
+class Norm(Function):
+    """Layer norm of x (..., D): y w + b with y of mean 0 and mean square 1; w and b are (D,) or each task's (T, D)."""
 
     @staticmethod
-    def forward(ctx, x, eps):
+    def forward(ctx, x, weight, bias, eps):
         mean = x.mean(-1, keepdim=True)
         centred = x - mean
         scale = centred.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # half the time of torch's layer norm
-        ctx.save_for_backward(x, mean, scale)
-        return centred.mul_(scale)
+        ctx.save_for_backward(x, weight, mean, scale)
+        return torch.addcmul(of_each(bias, x), centred.mul_(scale), of_each(weight, x))
 
     @staticmethod
     def backward(ctx, slope):
-        return StandardiseSlope.apply(slope, *ctx.saved_tensors), None
+        return *NormSlope.apply(slope, *ctx.saved_tensors), None
 
 
-class StandardiseSlope(Function):
-    """Derivative of `Standardise`, P(g) = r (g - mean(g) - y mean(g y)) for y = r (x - mean(x))."""
+class NormSlope(Function):
+    """Derivatives of `Norm` for slope g: in x, P(g w) with P(h) = r (h - mean(h) - y mean(h y)), y = r (x - mean(x));
+    in w and b the sums of g y and of g over positions."""
 
     @staticmethod
-    def forward(ctx, slope, x, mean, scale):
-        out = standardise_slope(slope, x, mean, scale)
-        ctx.save_for_backward(slope, x, mean, scale, out)
-        return out
+    def forward(ctx, slope, x, weight, mean, scale):
+        y, inside = (x - mean).mul_(scale), slope * of_each(weight, x)
+        out, positions = standardise_slope(inside, x, mean, scale), tuple(range(weight.dim() - 1, x.dim() - 1))
+        ctx.save_for_backward(slope, x, weight, mean, scale, y, inside, out)
+        return out, (slope * y).sum(positions), slope.sum(positions)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, c):
-        """In g, P(c); in x, -r y mean(c P(g)) - r P(mean(g y) c + mean(c y) g)."""
-        slope, x, mean, scale, out = ctx.saved_tensors
-        y = (x - mean).mul_(scale)
-        mixed = (slope * y).mean(-1, keepdim=True) * c + (c * y).mean(-1, keepdim=True) * slope
-        to_x = standardise_slope(mixed, x, mean, scale).addcmul_(y, (c * out).mean(-1, keepdim=True))
-        return standardise_slope(c, x, mean, scale), to_x.mul_(-scale), None, None
+    def backward(ctx, c, to_weight, to_bias):
+        """In h = g w, P(c); in x, -r y mean(c P(h)) + P(g c_w - r (mean(h y) c + mean(c y) h)), c_w the slope in w."""
+        slope, x, weight, mean, scale, y, inside, out = ctx.saved_tensors
+        mixed = (inside * y).mean(-1, keepdim=True) * c + (c * y).mean(-1, keepdim=True) * inside
+        to_weight = of_each(to_weight, x)
+        to_x = standardise_slope(mixed.mul_(-scale).addcmul_(slope, to_weight), x, mean, scale)
+        to_x.addcmul_(y, (c * out).mean(-1, keepdim=True).mul_(-scale))
+        pulled, positions = standardise_slope(c, x, mean, scale), tuple(range(weight.dim() - 1, x.dim() - 1))
+        to_slope = torch.addcmul(of_each(to_bias, x), y, to_weight).addcmul_(pulled, of_each(weight, x))
+        return to_slope, to_x, pulled.mul_(slope).sum(positions), None, None
+
+
+def of_each(parameter, x):
+    """A parameter (D,), or each task's (T, D), so that it broadcasts against x (..., D)."""
+    return parameter.view(*parameter.shape[:-1], *(1,) * (x.dim() - parameter.dim()), parameter.shape[-1])
 
 
 def standardise_slope(slope, x, mean, scale):
@@ -93,37 +103,47 @@ class GeluSlope(Function):
 
 
 class Affine(Function):
-    """x W' + b for x (T, N, I), W (T, O, I) and b (T, O) or None.
+    """x W' + b, or across, W x' + b, for x (T, ..., I), W (T, O, I) and b (T, O) or None: (T, ..., O) or (T, O, N).
 
     Autograd's derivatives of a batch of matrix products come out transposed, which all that follows pays for.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, across_):
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return x @ across(weight) if bias is None else torch.baddbmm(bias[:, None], x, across(weight))
+        ctx.has_bias, ctx.across, flat = bias is not None, across_, x.flatten(1, -2)
+        if across_:
+            return torch.baddbmm(bias[..., None], weight, across(flat))
+        out = torch.bmm(flat, across(weight)) if bias is None else torch.baddbmm(bias[:, None], flat, across(weight))
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, slope):
-        to_x, to_weight = AffineSlope.apply(slope, *ctx.saved_tensors)
-        return to_x, to_weight, slope.sum(1) if ctx.has_bias else None
+        to_x, to_weight, to_bias = AffineSlope.apply(slope, *ctx.saved_tensors, ctx.across)
+        return to_x, to_weight, to_bias if ctx.has_bias else None, None
 
 
 class AffineSlope(Function):
-    """Derivatives of `Affine` in x and W for slope G: G W and G' x."""
+    """Derivatives of `Affine` in x, W and b for slope G: G W, G' x and the sum of G."""
 
     @staticmethod
-    def forward(ctx, slope, x, weight):
+    def forward(ctx, slope, x, weight, across_):
+        ctx.across, ctx.shape, x = across_, x.shape, x.flatten(1, -2)
+        slope = across(slope) if across_ else slope.flatten(1, -2)
         ctx.save_for_backward(slope, x, weight)
-        return slope @ weight, across(slope) @ x
+        return torch.bmm(slope, weight).view(ctx.shape), torch.bmm(across(slope), x), slope.sum(1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, to_x, to_weight):
+    def backward(ctx, to_x, to_weight, to_bias):
         slope, x, weight = ctx.saved_tensors
-        to_slope = (to_x @ across(weight)).baddbmm_(x, across(to_weight))
-        return to_slope, slope @ to_weight, across(slope) @ to_x
+        to_x = to_x.flatten(1, -2)
+        if ctx.across:
+            to_slope = torch.baddbmm(to_bias[..., None], weight, across(to_x)).baddbmm_(to_weight, across(x))
+        else:
+            to_slope = torch.baddbmm(to_bias[:, None], to_x, across(weight)).baddbmm_(x, across(to_weight))
+            to_slope = to_slope.view(*ctx.shape[:-1], -1)
+        return to_slope, torch.bmm(slope, to_weight).view(ctx.shape), torch.bmm(across(slope), to_x), None
 
 
 # -----------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.kernels import Affine, Attend, GRUScan, Standardise
+from models import kernels
+from models.kernels import Affine, Attend, GRUScan
 
 
 def history_mask(tasks, causal):
@@ -54,13 +55,15 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.weight.dim() == 2:
             return super().forward(x)
-        return Affine.apply(x.flatten(1, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
+        return Affine.apply(x, self.weight, self.bias, False)
 
     def across(self, x):
         """The same with positions last: x (..., N, I) -> (..., O, N)."""
-        weight, bias, lead = self.weight, self.bias[..., None], self.weight.dim() - 2
-        flat = x.flatten(lead, -2).transpose(-1, -2)
-        out = torch.baddbmm(bias, weight, flat) if lead else torch.addmm(bias, weight, flat)
+        lead = self.weight.dim() - 2
+        if lead:
+            out = Affine.apply(x, self.weight, self.bias, True)
+        else:
+            out = torch.addmm(self.bias[:, None], self.weight, x.flatten(0, -2).T)
         return out.unflatten(-1, x.shape[lead:-1]).movedim(lead, -2)
 
 
@@ -70,7 +73,7 @@ class Norm(nn.LayerNorm):
     def forward(self, x):
         if self.weight.dim() == 1 and not torch.is_grad_enabled():
             return super().forward(x)
-        return Standardise.apply(x, self.eps) * spread(self.weight, x) + spread(self.bias, x)
+        return kernels.Norm.apply(x, self.weight, self.bias, self.eps)
 
 
 class Attention(nn.Module):

@@ -38,11 +38,13 @@ def cases():
         mask = (torch.rand(*lead, 2, 5, 5, generator=torch.Generator().manual_seed(3)) > 0.5).tril()
         yield kernels.PairScores, pairs, lambda q, k, v, mask=mask: (q, k, v, mask)
         yield kernels.PairScores, pairs[:2] + (random(SIZE),), lambda q, k, v, mask=mask: (q, k, v, mask)
-    yield kernels.Standardise, (random(4, SIZE),), lambda x: (x, 1e-5)
+    norm = random(2, 4, 5, SIZE), random(SIZE), random(SIZE, seed=1)
+    yield kernels.Norm, norm, lambda x, w, b: (x, w, b, 1e-5)
     yield kernels.Gelu, (random(4, SIZE),), lambda x: (x,)
-    affine = random(2, 4, SIZE), random(2, 5, SIZE), random(2, 5)
-    yield kernels.Affine, affine, lambda x, w, b: (x, w, b)
-    yield kernels.Affine, affine[:2], lambda x, w: (x, w, None)
+    affine = random(2, 3, 4, SIZE), random(2, 5, SIZE), random(2, 5)
+    for across in (False, True):
+        yield kernels.Affine, affine, lambda x, w, b, across=across: (x, w, b, across)
+    yield kernels.Affine, affine[:2], lambda x, w: (x, w, None, False)
     for length in (4, kernels.VECTOR + 1):  # two ways to take the softmax
         seen = torch.rand(2, length, length, generator=torch.Generator().manual_seed(2)) > 0.3
         hide = (~(seen | torch.eye(length, dtype=torch.bool))).double() * torch.finfo(torch.float64).min
@@ -74,7 +76,7 @@ def test_values_and_derivatives_equal_plain_operations(kernel, given, arguments)
         if kernel in FIRST_ORDER:
             found.append((out, first))
             continue
-        second = torch.autograd.grad(sum(one.square().sum() for one in first), (*given, slope))
+        second = torch.autograd.grad(sum(one.square().sum() for one in first), (*given, slope), materialize_grads=True)
         found.append((out, first, second))
     torch.testing.assert_close(*found)
 
