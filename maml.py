@@ -137,7 +137,7 @@ def inner_loop(learner, loss_network, rates, tasks, tables, options, second_orde
             create_graph=train and second_order,
             materialize_grads=True,
         )[0]
-        flat = flat - rates[step] * gradient
+        flat = flat + -rates[step] * gradient  # the sign where it costs least
         queries.append(query)
         histories.append(history)
     fast = split(flat, shapes)

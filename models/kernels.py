@@ -173,6 +173,7 @@ class AttendSlope(Function):
 
     @staticmethod
     def forward(ctx, slope, q, k, v, weights):
+        slope = slope.contiguous()  # else each product below copies it
         by_weight = across(slope) @ v
         by_score = softmax_slope(by_weight, weights).mul_(q.shape[-2] ** -0.5)
         ctx.save_for_backward(slope, q, k, v, weights, by_weight, by_score)
