@@ -251,8 +251,7 @@ def cut(tasks):
     table = 1 + max(int(tasks.items.max()), int(tasks.query_items.max()))
     of_query = ("query_items", "query_ratings", "query", "query_weight")
     return tasks._replace(
-        table=tasks.table[:, :table],
-        **{name: getattr(tasks, name)[:, :queries] for name in of_query},
+        table=tasks.table[:, :table], **{name: getattr(tasks, name)[:, :queries] for name in of_query}
     )
 
 
