@@ -54,7 +54,8 @@ DATA_DEFAULTS = {
         "item_lr": 1e-4,
         "num_factors": 1,
         "factor_prior": 10.0,
-        "members": 2,
+        "members": 3,
+        "balance": 0.05,
     },
     "ml-100k": {"factor_prior": 20.0, "num_test_data": 150},
     "ml-latest-small": {"num_test_data": 100},
@@ -273,7 +274,7 @@ def add_outer_options(parser):
         count(1),
         "learners that are trained side by side, each with a seed of its own; predictions are their mean",
     )
-    add("balance", 0.1, real(0, 10), "power of its rarity by which a rating counts in the meta-objective; 0 = alike")
+    add("balance", 0.0, real(0, 10), "power of its rarity by which a rating counts in the meta-objective; 0 = alike")
     add("warmup", 50, count(1), "iterations over which all rates rise")
     add("weight_decay", 0.01, real(0), "decoupled weight decay of the encoder")
     add(
