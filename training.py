@@ -284,6 +284,8 @@ def fit(system, problem, options, folder):
     """
     optimizer = RowAdamW(parameter_groups(system, options))
     average = AveragedModel(system, multi_avg_fn=get_ema_multi_avg_fn(options.average))
+    for member, copied in zip(system.members, average.module.members, strict=True):
+        copied.learner.share_shifts(member.learner)
     run = Run(system, average, problem, options, folder, optimizer, new_loop())
     processes.connect(system.scale.device)
     check_alike(run)

@@ -87,6 +87,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.project_in = Linear(hidden, 3 * hidden)
         self.project_out = Linear(hidden, hidden)
+        self.project_in.bias.register_hook(without_keys)
 
     def forward(self, x, hidden):
         """Histories x (R, S, D) under the mask `hidden` (R, S, S) -> (the same shape, what `ask` reads of row 0)."""
@@ -108,6 +109,15 @@ class Attention(nn.Module):
     def project(self, x):
         """Queries, keys and values (..., H, d, N) of x (..., N, D); for why positions come last see `Attend`."""
         return self.project_in.across(x).unflatten(-2, (3, self.heads, -1)).movedim(-4, 0).contiguous().unbind()
+
+
+def without_keys(slope):
+    """The gradient (3 D,) of the bias of queries, keys and values, 0 for the keys.
+
+    The softmax cancels what all keys have in common, so theirs would be rounding errors, which Adam makes large.
+    """
+    query, key, value = slope.chunk(3)
+    return torch.cat([query, torch.zeros_like(key), value])
 
 
 class GRU(nn.Module):

@@ -88,6 +88,7 @@ class LSTMLoss(nn.Module):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
         self.normalised = options.normalize_loss
+        self.output.bias.requires_grad_(not self.normalised)  # normalising takes it out again
 
     def weights(self, tasks, prediction=None, step=None):
         """Weight of each position (R, S)."""
@@ -115,6 +116,8 @@ class MLPLoss(nn.Module):
         steps = options.num_inner_steps if options.use_step_loss else 1
         sizes = len(FEATURES), options.lstm_hidden, options.loss_num_layers
         self.networks = nn.ModuleList(mlp(*sizes) for _ in range(steps))
+        for network in self.networks:
+            network[-1].bias.requires_grad_(not options.normalize_loss)  # normalising takes it out again
 
     def prepare(self, tasks):
         return None

@@ -5,9 +5,11 @@ import pytest
 import tiny
 import torch
 from test_factor_analysis import simulate
+from torch.optim.swa_utils import AveragedModel
 
 import dataloader
 import item_tables
+import maml
 from dataloader import Sequences
 from models.learner import Learner
 
@@ -97,3 +99,16 @@ def test_training_tasks_alone_meet_shifted_tables():
             torch.testing.assert_close(found[t, place], expected)
     seen = dataloader.last_tasks(tiny.sequences(), np.arange(6), options)
     assert not seen.part.any()
+
+
+def test_the_running_mean_shares_the_shifts():
+    options = tiny.options(cross_fit=2, model="narm")
+    system = maml.Ensemble(40, options, tiny.SCALE)
+    learner = system.members[0].learner
+    learner.shift_items({name: torch.ones(3, 40, table.shape[1]) for name, table in learner.tables().items()})
+    average = AveragedModel(system)
+    average.module.members[0].learner.share_shifts(learner)
+    average.update_parameters(system)
+    for name in learner.table_names():
+        mine, its = (getattr(one, f"{name}_shift") for one in (learner, average.module.members[0].learner))
+        assert mine.data_ptr() == its.data_ptr() and (mine[:, 1:] == 1).all()

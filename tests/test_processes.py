@@ -128,29 +128,30 @@ def test_batch_that_no_process_divides(tmp_path):
     assert_close(log_of(tmp_path, 0) / NAME, tmp_path / "one" / "log" / NAME)
 
 
-def train(path, options, count=20):
-    """Take outer steps in double precision and save parameters and figures in `path`."""
+def train(path, options, dtype=torch.float64, count=20):
+    """Take outer steps and save parameters and figures in `path`."""
     processes.connect(torch.device("cpu"))
-    system = tiny.ensemble(options)
+    system = tiny.ensemble(options).to(dtype)
     optimizer = RowAdamW(training.parameter_groups(system, options))
     sequences = tiny.sequences()
     users = np.arange(len(sequences.offsets) - 1)
     figures = []
     for iteration in range(count):
-        tasks = tiny.double(dataloader.sample_tasks(sequences, users, options, iteration))
+        tasks = dataloader.sample_tasks(sequences, users, options, iteration)
+        tasks = tiny.double(tasks) if dtype == torch.float64 else tasks
         figures.append(training.train_step(system, optimizer, tasks, options, iteration))
     torch.save([system.state_dict(), optimizer.state_dict()["state"], torch.tensor(figures)], path)
     return 0
 
 
-def train_together(folder, options, count):
+def train_together(folder, options, count, dtype=torch.float64):
     """What `train` saved in each of several processes."""
     port, forked = free_port(), []
     for rank in range(count):
         forked.append(os.fork())
         if not forked[-1]:
             os.environ.update(surroundings(rank, count, port))
-            os._exit(processes.run_together(lambda r=rank: train(folder / f"{r}.pt", options)))
+            os._exit(processes.run_together(lambda r=rank: train(folder / f"{r}.pt", options, dtype)))
     assert [wait(process) for process in forked] == [0] * count
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
@@ -170,6 +171,15 @@ def test_uneven_and_empty_shares(tmp_path, form, sparse, batch, count):
     assert all(same(other, together[0]) for other in together)
     torch.testing.assert_close(together[0], expected, rtol=0, atol=1e-6)
     assert expected[2][:, 3].max() > 0.5  # some steps were clipped
+
+
+@pytest.mark.parametrize("loss", ["mlp", "lstm"])
+def test_single_precision_differs_by_rounding(tmp_path, loss):
+    """No parameter follows a gradient that is rounding alone."""
+    options = tiny.options(batch_size=12, init_items="random", model="bert4rec", loss_network=loss)
+    train(tmp_path / "alone", options, torch.float32)
+    together = train_together(tmp_path, options, 2, torch.float32)
+    torch.testing.assert_close(together[0][0], torch.load(tmp_path / "alone")[0], rtol=0, atol=1e-6)
 
 
 def test_validation_users_are_shared_out(tmp_path, both):
