@@ -182,10 +182,11 @@ CACHE = 6000  # positions whose arrays fill a processor's cache
 ON_GPU = 256  # tasks at once on a GPU, where calling operations is what costs
 
 
-def by_size(tasks, chunk=0, on_gpu=False):
+def by_size(tasks, chunk=0, on_gpu=False, cache=CACHE):
     """Split a meta-batch into parts of like size, packed anew: (numbers of its tasks, `Tasks`) for each part.
 
-    A part holds `chunk` tasks; with chunk 0 parts are as large as is cheapest, see `part_lengths`, and large on a GPU.
+    A part holds `chunk` tasks; with chunk 0 parts are as large as is cheapest, see `part_lengths`, for which `cache` is
+    the most positions, and large on a GPU.
     """
     length = window_lengths(tasks.segment.cpu().numpy())
     used, width = length.sum(1), length.max(1).clip(1)
@@ -193,7 +194,7 @@ def by_size(tasks, chunk=0, on_gpu=False):
     if chunk or on_gpu:
         ends = np.arange(0, len(order), chunk or ON_GPU)[1:]
     else:
-        ends = np.cumsum(part_lengths(used[order], width[order]))[:-1]
+        ends = np.cumsum(part_lengths(used[order], width[order], cache))[:-1]
     for numbers in np.split(order, ends) if len(order) else ():
         at = torch.from_numpy(numbers)
         part = cut(Tasks(*(tensor[at] for tensor in tasks)))
@@ -208,17 +209,17 @@ def window_lengths(segment):
     return np.bincount(flat, minlength=len(segment) * (windows + 1)).reshape(-1, windows + 1)[:, 1:]
 
 
-def part_lengths(used, width):
+def part_lengths(used, width, cache=CACHE):
     """The numbers of tasks of the parts that cost least together; ratings and width (T,) of each, the widest first.
 
-    A part costs its positions, padding counted, and PART for its calls; only one of a single task outgrows CACHE.
+    A part costs its positions, padding counted, and PART for its calls; only one of a single task outgrows `cache`.
     """
     n = len(used)
     cost, length = np.zeros(n + 1), np.empty(n, np.int64)  # of what follows each task, and of the part it begins
     for first in reversed(range(n)):
         rows = -(-np.maximum.accumulate(used[first:]) // width[first])  # packing seldom takes more
         size = rows * width[first] * np.arange(1, n - first + 1)
-        fits = max(1, np.searchsorted(size, CACHE, side="right"))
+        fits = max(1, np.searchsorted(size, cache, side="right"))
         whole = size[:fits] + PART + cost[first + 1 : first + fits + 1]
         length[first] = whole.argmin() + 1
         cost[first] = whole.min()
