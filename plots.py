@@ -86,7 +86,7 @@ def save(folder, name, figure):
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         if figure is not None:
             data = io.BytesIO()
-            figure.savefig(data, format=kind, dpi=200, metadata=metadata)
+            figure.savefig(data, format=kind, dpi=200, metadata=metadata, bbox_inches="tight")
             runs.write_atomic(folder / f"{name}.{kind}", data.getvalue())
 
 
