@@ -209,7 +209,7 @@ def window_lengths(segment):
     return np.bincount(flat, minlength=len(segment) * (windows + 1)).reshape(-1, windows + 1)[:, 1:]
 
 
-def part_lengths(used, width, cache=CACHE):
+def part_lengths(used, width, cache):
     """The numbers of tasks of the parts that cost least together; ratings and width (T,) of each, the widest first.
 
     A part costs its positions, padding counted, and PART for its calls; only one of a single task outgrows `cache`.

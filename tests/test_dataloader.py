@@ -308,7 +308,6 @@ def test_parts_cost_least_of_all_ways_to_cut(monkeypatch):
     rng = np.random.default_rng(0)
     for part, cache in ((0, 10**6), (300, 10**6), (300, 600), (300, 1), (10**6, 10**6)):
         monkeypatch.setattr(dataloader, "PART", part)
-        monkeypatch.setattr(dataloader, "CACHE", cache)
         used, width = rng.integers(1, 200, 8), np.sort(rng.integers(1, 30, 8))[::-1]
         costs = {}
         for ends in itertools.product((False, True), repeat=7):
@@ -317,4 +316,4 @@ def test_parts_cost_least_of_all_ways_to_cut(monkeypatch):
             sizes = [-(-used[t].max() // w) * w * len(t) for t, w in zip(parts, widest, strict=True)]
             if all(size <= cache or len(tasks) == 1 for size, tasks in zip(sizes, parts, strict=True)):
                 costs[tuple(map(len, parts))] = sum(sizes) + part * len(parts)
-        assert costs[tuple(dataloader.part_lengths(used, width))] == min(costs.values())
+        assert costs[tuple(dataloader.part_lengths(used, width, cache))] == min(costs.values())
