@@ -21,7 +21,7 @@ import maml
 import options as option_module
 import runs
 from models.kernels import VECTOR
-from utils import UserError, choose_device
+from utils import UserError, choose_device, keep_memory
 
 EXPORT_VERSION = 1
 ENTRIES = {"options": dict, "system": dict, "item_ids": list, "levels": list, "fingerprint": str, "step": int}
@@ -71,8 +71,7 @@ class Recommender:
         self.mean, self.std, self.low, self.high = self._system.scale.tolist()
         self._numbers = {str(item): number for number, item in enumerate(self.item_ids, 1)}
         self._own = threading.local()
-        # Freed at once: from then on glibc keeps blocks up to this size, which else come back page by page each time.
-        torch.empty(31 << 20, dtype=torch.uint8)
+        keep_memory()
         self.adapt([])  # what torch imports on first use takes .4 s, for which no user should wait
 
     @classmethod
