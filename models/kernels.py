@@ -80,6 +80,8 @@ class Gelu(Function):
     @staticmethod
     def backward(ctx, slope):
         (x,) = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return aten.gelu_backward(slope, x)
         if ctx.slope is None:  # computed by the inner gradient, used again by the meta-gradient
             ctx.slope = aten.gelu_backward(torch.ones_like(x), x.detach())
         return GeluSlope.apply(slope, x, ctx.slope)
@@ -201,6 +203,35 @@ class AttendSlope(Function):
             slope @ pulled,
             None,
         )
+
+
+class SplitHeads(Function):
+    """Projections (..., 3 H d, N) as queries, keys and values (..., H, d, N), copied once, and so are their slopes."""
+
+    @staticmethod
+    def forward(ctx, x, heads):
+        ctx.layout = x.shape, x.stride()
+        return x.unflatten(-2, (3, heads, -1)).movedim(-4, 0).contiguous().unbind()
+
+    @staticmethod
+    def backward(ctx, *slopes):
+        return JoinHeads.apply(*slopes, *ctx.layout), None
+
+
+class JoinHeads(Function):
+    """The inverse of `SplitHeads`, for projections of a given shape and strides."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, shape, strides):
+        ctx.heads = q.shape[-3]
+        out = q.new_empty_strided(shape, strides)
+        for part, values in zip(out.unflatten(-2, (3, ctx.heads, -1)).unbind(-4), (q, k, v), strict=True):
+            part.copy_(values)
+        return out
+
+    @staticmethod
+    def backward(ctx, slope):
+        return *SplitHeads.apply(slope, ctx.heads), None, None
 
 
 class PairScores(Function):

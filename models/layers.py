@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import kernels
-from models.kernels import Affine, Attend, GRUScan
+from models.kernels import Affine, Attend, GRUScan, SplitHeads
 
 
 def history_mask(tasks, causal):
@@ -108,7 +108,7 @@ class Attention(nn.Module):
 
     def project(self, x):
         """Queries, keys and values (..., H, d, N) of x (..., N, D); for why positions come last see `Attend`."""
-        return self.project_in.across(x).unflatten(-2, (3, self.heads, -1)).movedim(-4, 0).contiguous().unbind()
+        return SplitHeads.apply(self.project_in.across(x), self.heads)
 
 
 def without_keys(slope):
