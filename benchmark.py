@@ -100,7 +100,7 @@ def spread(tasks, width):
     """The same tasks with one window a row of `width` positions, and catalogue numbers in place of table places."""
     length = dataloader.window_lengths(tasks.segment.cpu().numpy())
     row = np.broadcast_to(np.arange(length.shape[1]), length.shape).copy()
-    laid = dataloader.lay_out(tasks, length, row, np.zeros_like(row), width)
+    laid = dataloader.lay_out(tasks, length, row, np.zeros_like(row), width, length.shape[1])
     numbers = laid.table.gather(1, laid.items.flatten(1)).view_as(laid.items)
     return laid._replace(items=numbers, query_items=tasks.table.gather(1, tasks.query_items))
 
@@ -166,6 +166,11 @@ def naive_attention(q, k, v, hide):
     return (weights @ v.transpose(-1, -2)).transpose(-1, -2)
 
 
+def naive_heads(x, heads):
+    """`kernels.SplitHeads` as views."""
+    return x.unflatten(-2, (3, heads, -1)).unbind(-4)
+
+
 def naive_pairs(q, k, v, mask):
     """`kernels.PairScores` for all pairs: q and k (..., R, S, D), v (..., D), mask (..., R, S, S) as the scores are."""
     inside = torch.sigmoid(q[..., :, None, :] + k[..., None, :, :])
@@ -179,6 +184,7 @@ NAIVE = {
     kernels.Norm: naive_norm,
     kernels.Gelu: F.gelu,
     kernels.Attend: naive_attention,
+    kernels.SplitHeads: naive_heads,
 }
 
 

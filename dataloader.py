@@ -1,6 +1,6 @@
 """From a table of ratings to batches of tasks: user splits, support windows, packing, task-local item tables.
 
-Everything here works on flat arrays, for all tasks of a batch at once. Shapes: T tasks, R rows of support,
+Everything here works on flat arrays, for all tasks of a batch at once. Shapes: T tasks, B blocks of R rows of support,
 S positions in a row, Q queries, U distinct items of a task and one for padding.
 """
 
@@ -14,29 +14,31 @@ from utils import UserError, random_stream
 
 
 class Tasks(NamedTuple):
-    """A batch of tasks as tensors; the first dimension of each is T. Item 0 and segment 0 are padding.
+    """A batch of tasks as tensors. Item 0 and segment 0 are padding.
 
-    Rows hold windows of the user's support, several packed into one row and told apart by their segment.
-    A query is one item to be rated as the next one after the window `query_segment` of row 0.
+    Rows hold windows of the user's support, several packed into one row and told apart by their segment. Tasks with
+    many rows have them in several blocks of R: the first T blocks are the first ones of the T tasks.
+    A query is one item to be rated as the next one after the first window of row 0 of the task's first block.
     """
 
     table: torch.Tensor  # (T, U) catalogue numbers, 1-based, of the items that the task uses
-    items: torch.Tensor  # (T, R, S) places in the task's table
-    ratings: torch.Tensor  # (T, R, S) standardised ratings
-    segment: torch.Tensor  # (T, R, S) number of the window in its row, from 1
-    position: torch.Tensor  # (T, R, S) counted from the window's end, which is 1
-    known: torch.Tensor  # (T, R, S) whether the learner may read the rating
-    support: torch.Tensor  # (T, R, S) whether the position counts in the support loss
-    times: torch.Tensor  # (T, R, S) how often it does: once for each window that it stands for, see `share_starts`
+    items: torch.Tensor  # (B, R, S) places in the task's table
+    ratings: torch.Tensor  # (B, R, S) standardised ratings
+    segment: torch.Tensor  # (B, R, S) number of the window in its row, from 1
+    position: torch.Tensor  # (B, R, S) counted from the window's end, which is 1
+    known: torch.Tensor  # (B, R, S) whether the learner may read the rating
+    support: torch.Tensor  # (B, R, S) whether the position counts in the support loss
+    times: torch.Tensor  # (B, R, S) how often it does: once for each window that it stands for, see `share_starts`
     query_items: torch.Tensor  # (T, Q) places in the task's table
     query_ratings: torch.Tensor  # (T, Q) standardised targets
     query: torch.Tensor  # (T, Q) whether there is a query
     query_weight: torch.Tensor  # (T, Q) what its error counts in the meta-objective
     part: torch.Tensor  # (T,) part of the users, from 1, whose item tables were fitted without the user; 0: none
     query_last: torch.Tensor  # (T,) last position of the query's history in row 0; -1: no history
+    task: torch.Tensor  # (B,) number of the task that a block is of; read where B > T alone
 
 
-IN_ROWS = ("items", "ratings", "segment", "position", "known", "support", "times")  # those of shape (T, R, S)
+IN_ROWS = ("items", "ratings", "segment", "position", "known", "support", "times")  # those of shape (B, R, S)
 
 
 class Sequences(NamedTuple):
@@ -173,12 +175,22 @@ def assemble(sequences, start, n_support, query_items, query_ratings, query, opt
         query_weight=sequences.weights[metrics.nearest_level(query_ratings, sequences.levels)].astype(np.float32),
         part=np.zeros(len(start), np.int64),
         query_last=n_support - 1,
+        task=np.arange(len(start)),
     )
     return Tasks(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
+def deal(tasks, groups):
+    """Deal the tasks into groups of about as many ratings, in turns by size: the numbers of each group's tasks."""
+    order = np.argsort(-(tasks.segment > 0).sum((1, 2)).cpu().numpy(), kind="stable")
+    turn = np.arange(len(order)) % (2 * groups)
+    group = np.minimum(turn, 2 * groups - 1 - turn)
+    return [np.sort(order[group == number]) for number in range(groups)]
+
+
 PART = 900  # positions whose arithmetic costs as much as calling the operations of another part
 CACHE = 6000  # positions whose arrays fill a processor's cache
+BLOCK = 2  # rows in a block: more leave more of the last blocks empty, fewer copy more weights
 ON_GPU = 256  # tasks at once on a GPU, where calling operations is what costs
 
 
@@ -199,11 +211,11 @@ def by_size(tasks, chunk=0, on_gpu=False, cache=CACHE):
         at = torch.from_numpy(numbers)
         part = cut(Tasks(*(tensor[at] for tensor in tasks)))
         row, column = pack(length[numbers], np.full(len(numbers), width[numbers].max()))
-        yield numbers, lay_out(part, length[numbers], row, column, width[numbers].max())
+        yield numbers, lay_out(part, length[numbers], row, column, width[numbers].max(), BLOCK)
 
 
 def window_lengths(segment):
-    """Lengths (T, W) of the windows whose numbers are in segment (T, R, S)."""
+    """Lengths (T, W) of the windows whose numbers are in segment (B, R, S)."""
     windows = max(1, segment.max(initial=0))
     flat = (segment + np.arange(len(segment))[:, None, None] * (windows + 1)).ravel()
     return np.bincount(flat, minlength=len(segment) * (windows + 1)).reshape(-1, windows + 1)[:, 1:]
@@ -217,8 +229,9 @@ def part_lengths(used, width, cache):
     n = len(used)
     cost, length = np.zeros(n + 1), np.empty(n, np.int64)  # of what follows each task, and of the part it begins
     for first in reversed(range(n)):
-        rows = -(-np.maximum.accumulate(used[first:]) // width[first])  # packing seldom takes more
-        size = rows * width[first] * np.arange(1, n - first + 1)
+        rows = -(-used[first:] // width[first])  # packing seldom takes more
+        most, blocks = np.maximum.accumulate(rows), np.cumsum(-(-rows // BLOCK))
+        size = width[first] * np.where(most < BLOCK, most * np.arange(1, n - first + 1), BLOCK * blocks)
         fits = max(1, np.searchsorted(size, cache, side="right"))
         whole = size[:fits] + PART + cost[first + 1 : first + fits + 1]
         length[first] = whole.argmin() + 1
@@ -230,20 +243,28 @@ def part_lengths(used, width, cache):
     return lengths
 
 
-def lay_out(tasks, length, row, column, width):
-    """Tasks whose windows, of `length` (T, W), begin at row and column (T, W) of rows of `width`."""
+def lay_out(tasks, length, row, column, width, most):
+    """Tasks with windows, of `length` (T, W), at row and column (T, W) of rows of `width`, `most` rows a block."""
+    rows = 1 + np.where(length, row, 0).max(1)
+    height = min(most, int(rows.max()))
+    more = (rows - 1) // height  # blocks beside a task's first one
+    first = len(rows) + np.cumsum(more) - more
+    block = np.where(row < height, np.arange(len(rows))[:, None], first[:, None] + row // height - 1)
+
     source = task, _, _ = tasks.segment.nonzero(as_tuple=True)
     window = tasks.segment[source] - 1
-    length, row, column = (torch.from_numpy(x).to(task.device)[task, window] for x in (length, row, column))
-    shape = len(tasks.table), int(row.max()) + 1 if len(row) else 1, width
-    place = task, row, column + length - tasks.position[source]
+    of_window = (torch.from_numpy(x).to(task.device) for x in (block, row % height, column + length))
+    block, row, end = (x[task, window] for x in of_window)
+    shape, place = (len(rows) + int(more.sum()), height, int(width)), (block, row, end - tasks.position[source])
 
     def lay(values):
         out = values.new_zeros(shape)
         out[place] = values[source]
         return out
 
-    return tasks._replace(**{name: lay(getattr(tasks, name)) for name in IN_ROWS})
+    task = torch.from_numpy(np.concatenate([np.arange(len(rows)), np.repeat(np.arange(len(rows)), more)]))
+    laid = {name: lay(getattr(tasks, name)) for name in IN_ROWS}
+    return tasks._replace(task=task.to(tasks.task.device), **laid)
 
 
 def cut(tasks):

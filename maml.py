@@ -1,7 +1,7 @@
 """Meta-learning: inner steps on a user's support ratings, and the error on the queries that trains them.
 
-Equations of MELO (Kim et al., CIKM 2023), which follows MAML++ (Antoniou et al., ICLR 2019). Per-task shapes:
-R rows, S positions, Q queries, K inner steps.
+Equations of MELO (Kim et al., CIKM 2023), which follows MAML++ (Antoniou et al., ICLR 2019). Shapes: T tasks, B blocks
+of R rows, S positions, Q queries, K inner steps.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 import dataloader
 from models import loss_network
+from models.layers import of_blocks, over_task
 from models.learner import Learner
 
 
@@ -107,17 +108,19 @@ def inner_loop(learner, loss_network, rates, tasks, tables, options, second_orde
     fast, train = start(learner, tables, options), torch.is_grad_enabled()
     shapes = {name: value.shape[1:] for name, value in fast.items()}
     flat = torch.cat([value.reshape(len(value), -1) for value in fast.values()], 1)
+    blocks, block_tables = in_blocks(tasks), {name: of_blocks(table, tasks) for name, table in tables.items()}
     states = None
     if options.adapt == "head":
-        of_history, of_queries = learner.encode(tasks, tables)
+        of_history, of_queries = learner.encode(blocks, block_tables)
         states = of_history, list(of_queries)
     # A rating in several windows counts once in all.
-    times = tasks.times.to(tasks.ratings.dtype)
-    share = times / times.sum((1, 2), keepdim=True).clamp_min(1)
+    times = blocks.times.to(blocks.ratings.dtype)
+    share = times / over_task(times, blocks).clamp_min(1)
     rates = rates.laid_out(shapes, (tasks.query_last + 1).to(times.dtype)).unbind()
-    prepared = None if loss_network is None else loss_network.prepare(tasks)
+    prepared = None if loss_network is None else loss_network.prepare(blocks)
 
-    def predict(fast, tasks):
+    def predict(flat, tasks, tables):
+        fast = split(flat, shapes)
         weights = {name: value for name, value in fast.items() if name not in tables}
         rows = {name: fast.get(name, value) for name, value in tables.items()}
         return functional_call(learner, weights, (tasks, rows, states))
@@ -127,8 +130,8 @@ def inner_loop(learner, loss_network, rates, tasks, tables, options, second_orde
         with torch.enable_grad():
             if not train:
                 flat = flat.detach().requires_grad_()
-            history, query = predict(split(flat, shapes), tasks)
-        slope = history - tasks.ratings if loss_network is None else loss_network(prepared, step, history, tasks)
+            history, query = predict(of_blocks(flat, tasks), blocks, block_tables)
+        slope = history - blocks.ratings if loss_network is None else loss_network(prepared, step, history, blocks)
         gradient = torch.autograd.grad(
             history,
             flat,
@@ -138,11 +141,13 @@ def inner_loop(learner, loss_network, rates, tasks, tables, options, second_orde
             materialize_grads=True,
         )[0]
         flat = flat + -rates[step] * gradient  # the sign where it costs least
-        queries.append(query)
+        queries.append(query[: len(flat)])
         histories.append(history)
-    fast = split(flat, shapes)
-    last = predict(fast, history_alone(tasks) if states is None else tasks)[1]
-    return fast, torch.stack([*queries, last], 1), histories
+    if states is None:
+        last = predict(flat, history_alone(tasks), tables)[1]
+    else:
+        last = predict(of_blocks(flat, tasks), blocks, block_tables)[1][: len(flat)]
+    return split(flat, shapes), torch.stack([*queries, last], 1), histories
 
 
 def split(flat, shapes):
@@ -160,9 +165,16 @@ def start(learner, tables, options):
     return fast
 
 
+def in_blocks(tasks):
+    """The tasks as the learner is to see them, each block as if it were a task; the first T answer the queries."""
+    return tasks._replace(
+        query_items=of_blocks(tasks.query_items, tasks), query_last=of_blocks(tasks.query_last, tasks)
+    )
+
+
 def history_alone(tasks):
     """The tasks without the rows that their queries do not read."""
-    return tasks._replace(**{name: getattr(tasks, name)[:, :1] for name in dataloader.IN_ROWS})
+    return tasks._replace(**{name: getattr(tasks, name)[: len(tasks.table), :1] for name in dataloader.IN_ROWS})
 
 
 def position_weights(network, step, history, tasks):

@@ -111,10 +111,10 @@ def predict(system, tasks):
     return found
 
 
-def move(tasks, system, first=None, end=None):
-    """The tasks first..end on the device of the system."""
+def move(tasks, system, numbers=slice(None)):
+    """The tasks of these numbers on the device of the system."""
     device = system.scale.device
-    return dataloader.Tasks(*(tensor[first:end].to(device, non_blocking=True) for tensor in tasks))
+    return dataloader.Tasks(*(tensor[numbers].to(device, non_blocking=True) for tensor in tasks))
 
 
 def evaluate(system, problem, users, shots=None, num_targets=1):
@@ -198,8 +198,7 @@ def train_step(system, optimizer, tasks, options, iteration):
     weights = maml.objective_weights(options, iteration).to(system.scale.device)
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros(options.num_inner_steps + 2, device=system.scale.device)  # losses, and the absolute error
-    mine = move(tasks, system, *processes.share(len(tasks.table)))
-    for _, part in dataloader.by_size(mine, options.task_chunk, system.scale.is_cuda):
+    for part in own_parts(system, tasks):
         predictions = []
         for member in system.members:
             prediction = member(part, options.use_second_order)
@@ -218,6 +217,19 @@ def train_step(system, optimizer, tasks, options, iteration):
         raise FloatingPointError(divergence(options, iteration, figures[0], figures[1], figures[3]))
     optimizer.step()
     return figures
+
+
+def own_parts(system, tasks):
+    """The parts of a meta-batch, on the system's device, that this process takes one after the other.
+
+    With --task_chunk they are the same for one process as for several that have one part each, to the last bit.
+    """
+    chunk, count = system.options.task_chunk, processes.count()
+    least = -(-len(tasks.table) // chunk) if chunk else 1
+    groups = dataloader.deal(tasks, -(-least // count) * count)
+    for numbers in groups[slice(*processes.share(len(groups)))]:
+        for _, part in dataloader.by_size(move(tasks, system, numbers), chunk, system.scale.is_cuda):
+            yield part
 
 
 def sum_over_processes(system, parameters, tasks, figures):

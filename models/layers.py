@@ -49,6 +49,25 @@ def look_up(table, places):
     return F.embedding(places + spread(first, places, 0), table.flatten(0, 1))
 
 
+def of_blocks(values, tasks):
+    """Values (T, ...) of the tasks for each of their blocks: (B, ...)."""
+    return values if has_one_block(tasks) else values.index_select(0, tasks.task)
+
+
+def over_task(values, tasks, dims=(-2, -1)):
+    """Sums over all positions of a task, for each of its blocks: values (B, R, S), say, -> (B, 1, 1)."""
+    total = values.sum(dims, keepdim=True)
+    if has_one_block(tasks):
+        return total
+    sums = total.new_zeros(len(tasks.table), *total.shape[1:]).index_add(0, tasks.task, total)
+    return of_blocks(sums, tasks)
+
+
+def has_one_block(tasks):
+    """Whether no task has more than one block."""
+    return tasks.task.dim() == 0 or len(tasks.task) == len(tasks.table)
+
+
 class Linear(nn.Linear):
     """A linear layer whose weights may be each task's own."""
 

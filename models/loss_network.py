@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import grad
 
 from models.kernels import LSTMScan
-from models.layers import continues
+from models.layers import continues, has_one_block, of_blocks, over_task
 
 FEATURES = ("loss", "predictions", "labels", "rating_mean", "rating_std", "recency", "num_samples")
 
@@ -34,23 +34,25 @@ def build(options, scale):
 def user_statistics(tasks):
     """Mean and deviation of the user's support ratings and their number, each (1, 1)."""
     counted = tasks.times.to(tasks.ratings.dtype)
-    total = over_task(counted).clamp_min(1)
-    mean = over_task(tasks.ratings * counted) / total
-    std = over_task((tasks.ratings - mean).square() * counted).div(total).add(1e-6).sqrt()
+    total = over_task(counted, tasks).clamp_min(1)
+    mean = over_task(tasks.ratings * counted, tasks) / total
+    std = over_task((tasks.ratings - mean).square() * counted, tasks).div(total).add(1e-6).sqrt()
     return mean, std, (tasks.query_last + 1).to(mean.dtype)[..., None, None]
-
-
-def over_task(values):
-    """Sum of a task's values (R, S) as (1, 1)."""
-    return values.sum((-2, -1), keepdim=True)
 
 
 def normalise(log_weight, tasks):
     """exp(log_weight) scaled to mean 1 over the support positions, each as often as it counts; 0 elsewhere."""
     log_weight = log_weight.masked_fill(~tasks.support, -torch.inf)
-    top = log_weight.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(log_weight.dtype).min).detach()
-    weight = (log_weight - top).exp()
-    return weight * over_task(tasks.times) / over_task(weight * tasks.times).clamp_min(1e-12)
+    weight = (log_weight - largest(log_weight.detach(), tasks)).exp()
+    return weight * over_task(tasks.times, tasks) / over_task(weight * tasks.times, tasks).clamp_min(1e-12)
+
+
+def largest(values, tasks):
+    """The largest of a task's values (B, R, S), at least the lowest number, for each of its blocks: (B, 1, 1)."""
+    top = values.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(values.dtype).min)
+    if has_one_block(tasks):
+        return top
+    return of_blocks(top[: len(tasks.table)].scatter_reduce(0, tasks.task[:, None, None], top, "amax"), tasks)
 
 
 def task_features(tasks, prediction, options):
@@ -176,7 +178,8 @@ class MetaLoss(nn.Module):
         step = min(step, len(self.phi) - 1)
         features = task_features(tasks, prediction, self.options)
         counted = tasks.times[..., None].to(features.dtype)
-        state = (features * counted).sum((-3, -2)) / counted.sum((-3, -2)).clamp_min(1)
+        total, number = (over_task(values, tasks, (-3, -2)) for values in (features * counted, counted))
+        state = (total / number.clamp_min(1))[..., 0, 0, :]
         gamma, beta = (shift.unbind(-2) for shift in self.shift[step](state)[..., None].chunk(2, -2))
         m, q = self.gates[step]
         parts = self.phi[step].split(self.sizes)

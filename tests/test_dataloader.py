@@ -171,10 +171,10 @@ def test_tables_name_each_item_once():
 def unpack(tasks, t):
     """Task t as {segment: [(item, rating, position), ...]} and its queries [(item, rating), ...]."""
     table, found = tasks.table[t], {}
-    for r, s in tasks.segment[t].nonzero().tolist():
-        position = int(tasks.position[t, r, s])
-        entry = int(table[tasks.items[t, r, s]]), float(tasks.ratings[t, r, s]), position
-        found.setdefault(int(tasks.segment[t, r, s]), []).append(entry)
+    for b, r, s in (tasks.segment * (tasks.task == t)[:, None, None]).nonzero().tolist():
+        position = int(tasks.position[b, r, s])
+        entry = int(table[tasks.items[b, r, s]]), float(tasks.ratings[b, r, s]), position
+        found.setdefault(int(tasks.segment[b, r, s]), []).append(entry)
     queries = zip(table[tasks.query_items[t]].tolist(), tasks.query_ratings[t].tolist(), strict=True)
     real = tasks.query[t].tolist()
     return found, [pair for pair, counts in zip(queries, real, strict=True) if counts]
@@ -298,10 +298,17 @@ def test_parts_hold_every_task_once_and_unchanged(options, given):
         for place, t in enumerate(numbers):
             assert unpack(part, place) == unpack(tasks, t)
             assert part.query_last[place] == tasks.query_last[t]
+            assert part.segment[place, 0, 0] == 1
         seen += list(numbers)
         real = part.segment > 0
         assert real.any(0).any(0).all() and real.any(0).any(1).all() and part.query.any(0).all()
     assert sorted(seen) == list(range(20))
+
+
+def rows_in_blocks(rows):
+    """Rows, empty ones included, of the blocks of tasks with that many rows each."""
+    height = min(dataloader.BLOCK, rows.max())
+    return sum(-(-rows // height) * height)
 
 
 def test_parts_cost_least_of_all_ways_to_cut(monkeypatch):
@@ -313,7 +320,7 @@ def test_parts_cost_least_of_all_ways_to_cut(monkeypatch):
         for ends in itertools.product((False, True), repeat=7):
             parts = np.split(np.arange(8), np.flatnonzero(ends) + 1)
             widest = [width[tasks].max() for tasks in parts]
-            sizes = [-(-used[t].max() // w) * w * len(t) for t, w in zip(parts, widest, strict=True)]
+            sizes = [w * rows_in_blocks(-(-used[t] // w)) for t, w in zip(parts, widest, strict=True)]
             if all(size <= cache or len(tasks) == 1 for size, tasks in zip(sizes, parts, strict=True)):
                 costs[tuple(map(len, parts))] = sum(sizes) + part * len(parts)
         assert costs[tuple(dataloader.part_lengths(used, width, cache))] == min(costs.values())

@@ -45,6 +45,11 @@ def cases():
     for across in (False, True):
         yield kernels.Affine, affine, lambda x, w, b, across=across: (x, w, b, across)
     yield kernels.Affine, affine[:2], lambda x, w: (x, w, None, False)
+    yield (
+        kernels.SplitHeads,
+        (random(2, 3, 12, 4).transpose(1, 2).detach().requires_grad_(),),
+        lambda x: (x.transpose(1, 2), 2),
+    )
     for length in (4, kernels.VECTOR + 1):  # two ways to take the softmax
         seen = torch.rand(2, length, length, generator=torch.Generator().manual_seed(2)) > 0.3
         hide = (~(seen | torch.eye(length, dtype=torch.bool))).double() * torch.finfo(torch.float64).min
@@ -71,6 +76,7 @@ def test_values_and_derivatives_equal_plain_operations(kernel, given, arguments)
     found = []
     for run in (kernel.apply, NAIVE[kernel]):
         out = run(*arguments(*given))
+        out = out if isinstance(out, torch.Tensor) else torch.stack(out)
         slope = random(*out.shape, seed=5)
         first = torch.autograd.grad(out, given, slope, create_graph=kernel not in FIRST_ORDER)
         if kernel in FIRST_ORDER:

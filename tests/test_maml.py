@@ -1,5 +1,7 @@
 """Meta-gradients equal those of a plain loop over tasks and finite differences; the rest of the outer loop's parts."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import tiny
@@ -31,11 +33,15 @@ GRID = [
 def make(model="sasrec", loss="none", adapt="head", **given):
     given = {"head": "joint", "init_items": "random", **given}
     options = tiny.options(model=model, adapt=adapt, **LOSSES[loss], **given)
-    return tiny.system(options), tiny.training_tasks(options, lengths=(9, 3, 12)), options
+    return tiny.system(options), tiny.training_tasks(options, stream=7, lengths=(9, 3, 12)), options
 
 
-def vectorised(system, tasks, second_order):
-    return maml.query_losses(system(tasks, second_order), tasks)
+def vectorised(system, tasks, second_order, rows=1):
+    """The query losses (T, K + 1) of tasks laid out in blocks of at most that many rows, as in training."""
+    with mock.patch.object(dataloader, "BLOCK", rows):
+        [(numbers, part)] = dataloader.by_size(tasks, len(tasks.table))
+    assert (len(part.task) > len(part.table)) == (rows == 1)
+    return maml.query_losses(system(part, second_order), part)[np.argsort(numbers)]
 
 
 def plain(system, tasks, options, second_order):
@@ -46,7 +52,7 @@ def plain(system, tasks, options, second_order):
     for task in (type(tasks)(*parts) for parts in zip(*tasks, strict=True)):
         task = task._replace(items=task.table[task.items], query_items=task.table[task.query_items])
         count, fast, of_task = task.query_last + 1, dict(every), []
-        share = task.times * count / task.times.sum().clamp_min(1)
+        share = task.times.double() * count / task.times.sum().clamp_min(1)
         for step in range(options.num_inner_steps + 1):
             tables = {name: fast[name] for name in system.learner.table_names()}
             history, query = functional_call(system.learner, fast, (task, tables))
@@ -91,6 +97,7 @@ def test_equals_plain_loop(model, loss, second, adapt):
     system, tasks, options = make(model, loss, adapt)
     ours, theirs = vectorised(system, tasks, second), plain(system, tasks, options, second)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(ours, vectorised(system, tasks, second, rows=100))
     got, expected = gradients(ours, system), gradients(theirs, system)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
     if loss != "none":

@@ -105,6 +105,7 @@ def lay_out(rows, width=None, query_items=(1,), seed=0):
         query_weight=torch.ones(len(query)),
         part=torch.tensor(0),
         query_last=torch.tensor(rows[0][0] - 1 if rows[0] else -1),
+        task=torch.tensor(0),
         **whole,
     )
 
