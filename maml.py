@@ -13,8 +13,8 @@ from torch.func import functional_call
 
 import dataloader
 from models import loss_network
-from models.layers import of_blocks, over_task
-from models.learner import Learner
+from models.layers import of_blocks, of_tasks, over_task
+from models.learner import Learner, dot
 
 
 class InnerRates(nn.Module):
@@ -105,49 +105,72 @@ def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
 
 def inner_loop(learner, loss_network, rates, tasks, tables, options, second_order):
     """What `adapt` gives, with the adapted parameters {name: (T, ...)} before it."""
-    fast, train = start(learner, tables, options), torch.is_grad_enabled()
+    fast, blocks = start(learner, tables, options), in_blocks(tasks)
     shapes = {name: value.shape[1:] for name, value in fast.items()}
     flat = torch.cat([value.reshape(len(value), -1) for value in fast.values()], 1)
-    blocks, block_tables = in_blocks(tasks), {name: of_blocks(table, tasks) for name, table in tables.items()}
-    states = None
-    if options.adapt == "head":
-        of_history, of_queries = learner.encode(blocks, block_tables)
-        states = of_history, list(of_queries)
+    predict, pull, answer = (adapt_head if options.adapt == "head" else adapt_all)(learner, tasks, tables, shapes)
     # A rating in several windows counts once in all.
     times = blocks.times.to(blocks.ratings.dtype)
     share = times / over_task(times, blocks).clamp_min(1)
     rates = rates.laid_out(shapes, (tasks.query_last + 1).to(times.dtype)).unbind()
     prepared = None if loss_network is None else loss_network.prepare(blocks)
 
-    def predict(flat, tasks, tables):
-        fast = split(flat, shapes)
-        weights = {name: value for name, value in fast.items() if name not in tables}
-        rows = {name: fast.get(name, value) for name, value in tables.items()}
-        return functional_call(learner, weights, (tasks, rows, states))
-
     queries, histories = [], []
     for step in range(options.num_inner_steps):
-        with torch.enable_grad():
-            if not train:
-                flat = flat.detach().requires_grad_()
-            history, query = predict(of_blocks(flat, tasks), blocks, block_tables)
+        flat, history, query = predict(flat)
         slope = history - blocks.ratings if loss_network is None else loss_network(prepared, step, history, blocks)
-        gradient = torch.autograd.grad(
-            history,
-            flat,
-            slope * share,
-            retain_graph=train,
-            create_graph=train and second_order,
-            materialize_grads=True,
-        )[0]
+        gradient = pull(flat, history, slope * share, second_order and torch.is_grad_enabled())
         flat = flat + -rates[step] * gradient  # the sign where it costs least
-        queries.append(query[: len(flat)])
+        queries.append(query)
         histories.append(history)
-    if states is None:
-        last = predict(flat, history_alone(tasks), tables)[1]
-    else:
-        last = predict(of_blocks(flat, tasks), blocks, block_tables)[1][: len(flat)]
-    return split(flat, shapes), torch.stack([*queries, last], 1), histories
+    return split(flat, shapes), torch.stack([*queries, answer(flat)], 1), histories
+
+
+def adapt_all(learner, tasks, tables, shapes):
+    """What an inner step does with all parameters of a learner, laid end to end for each task (T, P): functions
+    `predict` (the parameters, support predictions (B, R, S), query predictions (T, Q)), `pull` (the gradient (T, P) for
+    slopes in the support predictions) and `answer` (query predictions alone).
+    """
+    blocks, block_tables = in_blocks(tasks), {name: of_blocks(table, tasks) for name, table in tables.items()}
+    train = torch.is_grad_enabled()
+
+    def run(flat, tasks, tables):
+        fast = split(flat, shapes)
+        weights = {name: value for name, value in fast.items() if name not in tables}
+        return functional_call(learner, weights, (tasks, {name: fast[name] for name in tables}))
+
+    def predict(flat):
+        with torch.enable_grad():
+            flat = flat if train else flat.detach().requires_grad_()
+            history, query = run(of_blocks(flat, tasks), blocks, block_tables)
+        return flat, history, query[: len(flat)]
+
+    def pull(flat, history, slope, graph):
+        return torch.autograd.grad(history, flat, slope, retain_graph=train, create_graph=graph)[0]
+
+    def answer(flat):
+        return run(flat, history_alone(tasks), tables)[1]
+
+    return predict, pull, answer
+
+
+def adapt_head(learner, tasks, tables, shapes):
+    """`adapt_all` for the parameters of the head alone, in which predictions are linear: the encoder is run once."""
+    history, query = learner.linear(in_blocks(tasks), {name: of_blocks(table, tasks) for name, table in tables.items()})
+    query = query[: len(tasks.table)]
+
+    def predict(flat):
+        user = F.pad(flat, (1, 0), value=1.0)
+        return flat, dot(history, of_blocks(user, tasks)), dot(query, user)
+
+    def pull(flat, predicted, slope, graph):
+        gradient = (slope.flatten(1)[:, None] @ history.flatten(1, 2))[:, 0, 1:]
+        return of_tasks(gradient if graph else gradient.detach(), tasks)
+
+    def answer(flat):
+        return dot(query, F.pad(flat, (1, 0), value=1.0))
+
+    return predict, pull, answer
 
 
 def split(flat, shapes):

@@ -29,7 +29,8 @@ class ErrorAttention(nn.Module):
     def forward(self, tasks, tables):
         """(weights of the errors in each position's row (R, S, S), what `ask` needs of row 0)."""
         x, position = features(tasks.items, tables), tasks.position
-        apart = position[..., :, None] - position[..., None, :]
+        place = torch.arange(position.shape[-1], device=position.device)
+        apart = (place - place[:, None]).expand(*(1,) * (position.dim() - 1), -1, -1)  # within a window
         earlier = history_mask(tasks, causal=True).tril(-1).transpose(-1, -2)
         first, all_of_it = position.select(-2, 0)[..., None], query_mask(tasks)[..., None]
         return self.weigh(x, *self.read(x, apart, earlier)), self.read(x.select(-3, 0), first, all_of_it)

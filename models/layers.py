@@ -54,13 +54,16 @@ def of_blocks(values, tasks):
     return values if has_one_block(tasks) else values.index_select(0, tasks.task)
 
 
+def of_tasks(values, tasks):
+    """The sums of values (B, ...) over the blocks of each task: (T, ...)."""
+    if has_one_block(tasks):
+        return values
+    return values.new_zeros(len(tasks.table), *values.shape[1:]).index_add(0, tasks.task, values)
+
+
 def over_task(values, tasks, dims=(-2, -1)):
     """Sums over all positions of a task, for each of its blocks: values (B, R, S), say, -> (B, 1, 1)."""
-    total = values.sum(dims, keepdim=True)
-    if has_one_block(tasks):
-        return total
-    sums = total.new_zeros(len(tasks.table), *total.shape[1:]).index_add(0, tasks.task, total)
-    return of_blocks(sums, tasks)
+    return of_blocks(of_tasks(values.sum(dims, keepdim=True), tasks), tasks)
 
 
 def has_one_block(tasks):

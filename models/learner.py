@@ -68,12 +68,6 @@ class Learner(nn.Module):
         """{name: (n_items + 1, width)} of the tables that this learner has."""
         return {name: self.get_parameter(name) for name in self.table_names()}
 
-    def encode(self, tasks, tables, at_once=None):
-        """What does not hang on what the head adapts: `read` and, `at_once` queries after the other, `ask`."""
-        *of_history, memory = self.read(tasks, tables)
-        parts = tasks.query_items.split(at_once or tasks.query_items.shape[-1], -1)
-        return of_history, (self.ask(items, memory, tables) for items in parts)
-
     def read(self, tasks, tables):
         """Of histories: states (R, S, D), weights of earlier errors (R, S, S) or None, and what `ask` needs."""
         history, rated = look_up(tables["item_embedding"], tasks.items), None
@@ -84,22 +78,41 @@ class Learner(nn.Module):
         return states, weights, (rated, past, errors)
 
     def ask(self, items, memory, tables):
-        """Of query items (Q,): themselves, states (Q, D), weights of the errors in row 0 (Q, S) or None."""
+        """Of query items (Q,): states (Q, D), weights of the errors in row 0 (Q, S) or None."""
         rated, past, errors = memory
         query = look_up(tables["item_embedding"], items)
         states = self.encoder.ask(query if rated is None else query + rated, past)
-        return items, states, None if errors is None else self.errors.ask(items, errors, tables)
+        return states, None if errors is None else self.errors.ask(items, errors, tables)
 
-    def forward(self, tasks, tables, states=None, at_once=None):
-        """Predictions of one task: (R, S) for its positions, (Q,) for its queries, in standard deviations."""
-        (state, weights), queries = self.encode(tasks, tables, at_once) if states is None else states
-        history = self.head(state, tasks.items, tables)
+    def forward(self, tasks, tables, at_once=None):
+        """Predictions of one task: (R, S) for its positions, (Q,) for its queries, in standard deviations.
+
+        Queries are answered `at_once` after the other.
+        """
+        states, weights, memory = self.read(tasks, tables)
+        parts = tasks.query_items.split(at_once or tasks.query_items.shape[-1], -1)
+        asked = ((items, *self.ask(items, memory, tables)) for items in parts)
+        history = self.head(states, tasks.items, tables)
         if weights is None:
-            return history, torch.cat([self.head(state, items, tables) for items, state, _ in queries], -1)
+            return history, torch.cat([self.head(state, items, tables) for items, state, _ in asked], -1)
         error = errors(history, tasks)
-        of_query = error.select(-2, 0)
-        found = [add_errors(self.head(state, items, tables), of, of_query) for items, state, of in queries]
+        first = error.select(-2, 0)
+        found = [add_errors(self.head(state, items, tables), of, first) for items, state, of in asked]
         return add_errors(history, weights, error), torch.cat(found, -1)
+
+    def linear(self, tasks, tables):
+        """Predictions as inner products with (1, what the head adapts, laid end to end): (R, S, 1 + P), (Q, 1 + P)."""
+        states, weights, memory = self.read(tasks, tables)
+        asked, of_query = self.ask(tasks.query_items, memory, tables)
+        history, query = (
+            self.head.linear(states, tasks.items, tables),
+            self.head.linear(asked, tasks.query_items, tables),
+        )
+        if weights is None:
+            return history, query
+        ratings = F.pad(tasks.ratings[..., None], (0, history.shape[-1] - 1))
+        error = (ratings - history) * tasks.known[..., None]
+        return history + weights @ error, query + of_query @ error.select(-3, 0)
 
 
 def hidden_size(options):
@@ -151,11 +164,14 @@ class JointHead(nn.Module):
         nn.init.zeros_(self.to_vector.weight)
 
     def forward(self, state, items, tables):
-        effect = look_up(tables["item_effect"], items)[..., 0]
-        factor = look_up(tables["item_factor"], items)
-        vector = spread(self.user_vector, state) + self.to_vector(state)
-        bias = spread(self.user_bias, state[..., 0], 0)
-        return effect + bias + (factor * vector).sum(-1) + dot(state, self.state_weight)
+        user = torch.cat([self.user_bias[..., None], self.user_vector, self.state_weight], -1)
+        return dot(self.linear(state, items, tables), F.pad(user, (1, 0), value=1.0))
+
+    def linear(self, state, items, tables):
+        """What the prediction is the inner product of with (1, bias, user vector, state weight): (..., 1 + P)."""
+        effect, factor = (look_up(tables[name], items) for name in ("item_effect", "item_factor"))
+        effect = effect + (factor * self.to_vector(state)).sum(-1, keepdim=True)
+        return torch.cat([effect, torch.ones_like(effect), factor.expand(*effect.shape[:-1], -1), state], -1)
 
 
 class PlainHead(nn.Module):
@@ -171,9 +187,14 @@ class PlainHead(nn.Module):
     def forward(self, state, items, tables):
         return dot(state, self.weight) + spread(self.bias, state[..., 0], 0)
 
+    def linear(self, state, items, tables):
+        """What the prediction is the inner product of with (1, weight, bias): (..., 1 + P)."""
+        one = torch.ones_like(state[..., :1])
+        return torch.cat([torch.zeros_like(one), state, one], -1)
+
 
 def dot(state, weight):
-    """Inner products of states (..., D) with a weight (D,), or of each task's states with its own (T, D)."""
+    """Inner products of states (..., D) with a weight (D,), or of each task's with its own (T, D)."""
     if weight.dim() == 1:
         return state @ weight
     return (weight[:, None] @ state.flatten(1, -2).transpose(-1, -2)).view(state.shape[:-1])  # rows are faster
