@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 import metrics
 from utils import UserError, random_stream
@@ -190,6 +191,7 @@ def deal(tasks, groups):
 
 PART = 900  # positions whose arithmetic costs as much as calling the operations of another part
 CACHE = 6000  # positions whose arrays fill a processor's cache
+STRIP = 64  # tasks at which a part may begin that are looked at together
 BLOCK = 2  # rows in a block: more leave more of the last blocks empty, fewer copy more weights
 ON_GPU = 256  # tasks at once on a GPU, where calling operations is what costs
 
@@ -228,19 +230,28 @@ def part_lengths(used, width, cache):
     """
     n = len(used)
     cost, length = np.zeros(n + 1), np.empty(n, np.int64)  # of what follows each task, and of the part it begins
-    for first in reversed(range(n)):
-        rows = -(-used[first:] // width[first])  # packing seldom takes more
-        most, blocks = np.maximum.accumulate(rows), np.cumsum(-(-rows // BLOCK))
-        size = width[first] * np.where(most < BLOCK, most * np.arange(1, n - first + 1), BLOCK * blocks)
-        fits = max(1, np.searchsorted(size, cache, side="right"))
-        whole = size[:fits] + PART + cost[first + 1 : first + fits + 1]
-        length[first] = whole.argmin() + 1
-        cost[first] = whole.min()
+    for begin in reversed(range(0, n, STRIP)):
+        sizes = part_sizes(used[begin:], width[begin : begin + STRIP], cache)
+        fits = (sizes <= cache).sum(1).clip(1)
+        for first in reversed(range(begin, begin + len(sizes))):
+            whole = sizes[first - begin, : fits[first - begin]] + cost[first + 1 : first + 1 + fits[first - begin]]
+            length[first] = whole.argmin() + 1
+            cost[first] = whole.min() + PART
     lengths, first = [], 0
     while first < n:
         lengths.append(int(length[first]))
         first += lengths[-1]
     return lengths
+
+
+def part_sizes(used, width, cache):
+    """Positions of parts that begin at each of the first tasks and have 1, 2, ... tasks, as far as they may fit."""
+    most = min(len(used), 1 + cache // width[-1])
+    following = sliding_window_view(np.pad(used, (0, most)), most)[: len(width)]
+    number, rows = np.arange(1, most + 1), -(-following // width[:, None])  # packing seldom takes more
+    highest, blocks = np.maximum.accumulate(rows, 1), np.cumsum(-(-rows // BLOCK), 1)
+    sizes = width[:, None] * np.where(highest < BLOCK, highest * number, BLOCK * blocks)
+    return np.where(number <= len(used) - np.arange(len(width))[:, None], sizes, np.inf)
 
 
 def lay_out(tasks, length, row, column, width, most):

@@ -9,6 +9,9 @@ class RowAdamW(torch.optim.AdamW):
     Dense gradients, weight decay (of dense ones alone) and the state are torch's.
     """
 
+    def __init__(self, groups, **given):
+        super().__init__(groups, fused=True, **given)  # one operation for all parameters
+
     @torch.no_grad()
     def step(self):
         pairs = [(group, p) for group in self.param_groups for p in group["params"]]
@@ -24,7 +27,7 @@ class RowAdamW(torch.optim.AdamW):
         """Adam on the rows of `p` that the coalesced sparse gradient has."""
         state, (first, second) = self.state[p], group["betas"]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         state["step"] += 1
         rows, values = gradient.indices()[0], gradient.values()

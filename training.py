@@ -426,7 +426,8 @@ def copy_first(run):
     for number in numbers:
         if number not in moments:
             state = run.optimizer.state[parameters[number]]
-            state["step"], p = torch.zeros(()), parameters[number].detach()
+            p = parameters[number].detach()
+            state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     moments = run.optimizer.state_dict()["state"]
     tensors = [tensor for number in numbers for _, tensor in sorted(moments[number].items())]
