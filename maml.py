@@ -14,7 +14,7 @@ from torch.func import functional_call
 import dataloader
 from models import loss_network
 from models.layers import of_blocks, of_tasks, over_task
-from models.learner import Learner, dot
+from models.learner import Learner
 
 
 class InnerRates(nn.Module):
@@ -157,26 +157,32 @@ def adapt_all(learner, tasks, tables, shapes):
 def adapt_head(learner, tasks, tables, shapes):
     """`adapt_all` for the parameters of the head alone, in which predictions are linear: the encoder is run once."""
     history, query = learner.linear(in_blocks(tasks), {name: of_blocks(table, tasks) for name, table in tables.items()})
-    query = query[: len(tasks.table)]
+    history, shape, query = history.flatten(1, 2), tasks.items.shape, query[: len(tasks.table)].mT
+    across = history.mT
 
     def predict(flat):
-        user = F.pad(flat, (1, 0), value=1.0)
-        return flat, dot(history, of_blocks(user, tasks)), dot(query, user)
+        user = with_one(flat)
+        return flat, torch.bmm(of_blocks(user, tasks), across).view(shape), torch.bmm(user, query)[:, 0]
 
     def pull(flat, predicted, slope, graph):
-        gradient = (slope.flatten(1)[:, None] @ history.flatten(1, 2))[:, 0, 1:]
+        gradient = torch.bmm(slope.view(len(across), 1, -1), history)[:, 0, 1:]
         return of_tasks(gradient if graph else gradient.detach(), tasks)
 
     def answer(flat):
-        return dot(query, F.pad(flat, (1, 0), value=1.0))
+        return torch.bmm(with_one(flat), query)[:, 0]
 
     return predict, pull, answer
 
 
+def with_one(flat):
+    """Parameters (T, P) behind a one: (T, 1, 1 + P)."""
+    return F.pad(flat, (1, 0), value=1.0)[:, None]
+
+
 def split(flat, shapes):
     """Parameters laid end to end (T, P) as {name: (T, ...)}."""
-    parts = flat.split([shape.numel() for shape in shapes.values()], 1)
-    return {name: part.view(-1, *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    parts = zip(shapes.items(), flat.split([shape.numel() for shape in shapes.values()], 1), strict=True)
+    return {name: part if len(shape) == 1 else part.view(-1, *shape) for (name, shape), part in parts}
 
 
 def start(learner, tables, options):

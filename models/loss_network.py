@@ -55,21 +55,28 @@ def largest(values, tasks):
     return of_blocks(top[: len(tasks.table)].scatter_reduce(0, tasks.task[:, None, None], top, "amax"), tasks)
 
 
-def task_features(tasks, prediction, options):
-    """What is known of each position, (R, S, F): see FEATURES; those switched off by --task_info_* are 0."""
+def task_features(tasks, prediction, options, known=None):
+    """What is known of each position, (R, S, F): see FEATURES; those switched off by --task_info_* are 0.
+
+    `known` is what `known_features` gives, where that has been called before.
+    """
+    of_prediction = {"loss": (prediction - tasks.ratings).square(), "predictions": prediction}
+    known = known_features(tasks, options) if known is None else known
+    return torch.cat([stack(of_prediction, tasks, options), known], -1)
+
+
+def known_features(tasks, options):
+    """The features that hang on no prediction, the same at every inner step."""
     mean, std, count = user_statistics(tasks)
+    of_ratings = {"labels": tasks.ratings, "rating_mean": mean, "rating_std": std}
     longest = options.max_seq_len
-    by_name = {
-        "loss": (prediction - tasks.ratings).square(),
-        "predictions": prediction,
-        "labels": tasks.ratings,
-        "rating_mean": mean,
-        "rating_std": std,
-        "recency": tasks.position / longest,
-        "num_samples": count / longest,
-    }
-    used = [by_name[name] * float(getattr(options, f"task_info_{name}", True)) for name in FEATURES]
-    return torch.stack([value.expand(tasks.ratings.shape) for value in used], -1)
+    return stack({**of_ratings, "recency": tasks.position / longest, "num_samples": count / longest}, tasks, options)
+
+
+def stack(features, tasks, options):
+    """Features {name: values that broadcast to (R, S)} as (R, S, F), 0 for those switched off."""
+    used = (values if getattr(options, f"task_info_{name}", True) else values * 0 for name, values in features.items())
+    return torch.stack([values.expand(tasks.ratings.shape) for values in used], -1)
 
 
 class LSTMLoss(nn.Module):
@@ -122,18 +129,18 @@ class MLPLoss(nn.Module):
             network[-1].bias.requires_grad_(not options.normalize_loss)  # normalising takes it out again
 
     def prepare(self, tasks):
-        return None
+        return known_features(tasks, self.options)
 
-    def weights(self, tasks, prediction, step):
-        """Weight of each position (R, S)."""
+    def weights(self, tasks, prediction, step, known=None):
+        """Weight of each position (R, S); `known` as in `task_features`."""
         network = self.networks[min(step, len(self.networks) - 1)]
-        log_weight = network(task_features(tasks, prediction, self.options))[..., 0]
+        log_weight = network(task_features(tasks, prediction, self.options, known))[..., 0]
         if self.options.normalize_loss:
             return normalise(log_weight, tasks)
         return log_weight.exp() * tasks.support
 
     def forward(self, prepared, step, prediction, tasks):
-        return self.weights(tasks, prediction, step) * (prediction - tasks.ratings)
+        return self.weights(tasks, prediction, step, prepared) * (prediction - tasks.ratings)
 
 
 def mlp(inputs, hidden, layers):
@@ -168,15 +175,15 @@ class MetaLoss(nn.Module):
         self.gates = nn.Parameter(torch.zeros(steps, 2))  # m, q
 
     def prepare(self, tasks):
-        return None
+        return known_features(tasks, self.options)
 
     def forward(self, prepared, step, prediction, tasks):
-        return grad(lambda predicted: self.losses(step, predicted, tasks).sum())(prediction) / 2
+        return grad(lambda predicted: self.losses(step, predicted, tasks, prepared).sum())(prediction) / 2
 
-    def losses(self, step, prediction, tasks):
-        """Loss of each position (R, S)."""
+    def losses(self, step, prediction, tasks, known=None):
+        """Loss of each position (R, S); `known` as in `task_features`."""
         step = min(step, len(self.phi) - 1)
-        features = task_features(tasks, prediction, self.options)
+        features = task_features(tasks, prediction, self.options, known)
         counted = tasks.times[..., None].to(features.dtype)
         total, number = (over_task(values, tasks, (-3, -2)) for values in (features * counted, counted))
         state = (total / number.clamp_min(1))[..., 0, 0, :]
