@@ -113,7 +113,8 @@ def naive_losses(system, task):
     count = task.query_last + 1
     share = task.support * (count / task.support.sum())
     for step in range(options.num_inner_steps + 1):
-        history, query = functional_call(learner, fast, (task, {name: fast[name] for name in learner.table_names()}))
+        tables = {name: fast[name] for name in learner.table_names()}
+        history, query = functional_call(learner, fast, ("predict", task, tables))
         losses.append(((query - task.query_ratings) * task.query).square().sum() / task.query.sum())
         if step == options.num_inner_steps:
             return torch.stack(losses)

@@ -115,43 +115,54 @@ def inner_loop(learner, loss_network, rates, tasks, tables, options, second_orde
     rates = rates.laid_out(shapes, (tasks.query_last + 1).to(times.dtype)).unbind()
     prepared = None if loss_network is None else loss_network.prepare(blocks)
 
-    queries, histories = [], []
+    before, histories = [], []
     for step in range(options.num_inner_steps):
-        flat, history, query = predict(flat)
+        flat, history = predict(flat)
         slope = history - blocks.ratings if loss_network is None else loss_network(prepared, step, history, blocks)
         gradient = pull(flat, history, slope * share, second_order and torch.is_grad_enabled())
-        flat = flat + -rates[step] * gradient  # the sign where it costs least
-        queries.append(query)
+        before.append(flat)
         histories.append(history)
-    return split(flat, shapes), torch.stack([*queries, answer(flat)], 1), histories
+        flat = flat + -rates[step] * gradient  # the sign where it costs least
+    return split(flat, shapes), answer([*before, flat]), histories
 
 
 def adapt_all(learner, tasks, tables, shapes):
     """What an inner step does with all parameters of a learner, laid end to end for each task (T, P): functions
-    `predict` (the parameters, support predictions (B, R, S), query predictions (T, Q)), `pull` (the gradient (T, P) for
-    slopes in the support predictions) and `answer` (query predictions alone).
+    `predict` (the parameters and the support predictions (B, R, S)), `pull` (the gradient (T, P) for slopes in these)
+    and `answer` (query predictions (T, K + 1, Q) with the parameters before the first step and after each).
     """
     blocks, block_tables = in_blocks(tasks), {name: of_blocks(table, tasks) for name, table in tables.items()}
-    train = torch.is_grad_enabled()
+    train, memories = torch.is_grad_enabled(), []
 
-    def run(flat, tasks, tables):
+    def run(flat, tables, method, what, *more):
         fast = split(flat, shapes)
         weights = {name: value for name, value in fast.items() if name not in tables}
-        return functional_call(learner, weights, (tasks, {name: fast[name] for name in tables}))
+        return functional_call(learner, weights, (method, what, *more, {name: fast[name] for name in tables}))
 
     def predict(flat):
         with torch.enable_grad():
             flat = flat if train else flat.detach().requires_grad_()
-            history, query = run(of_blocks(flat, tasks), blocks, block_tables)
-        return flat, history, query[: len(flat)]
+            history, memory = run(of_blocks(flat, tasks), block_tables, "read", blocks)
+        memories.append(each(lambda part: (part if train else part.detach())[: len(flat)], memory))
+        return flat, history
 
     def pull(flat, history, slope, graph):
         return torch.autograd.grad(history, flat, slope, retain_graph=train, create_graph=graph)[0]
 
-    def answer(flat):
-        return run(flat, history_alone(tasks), tables)[1]
+    def answer(flats):
+        memories.append(run(flats[-1], tables, "read", history_alone(tasks))[1])
+        memory = each(lambda *parts: torch.cat(parts), *memories)
+        items = tasks.query_items.repeat(len(flats), 1)
+        return run(torch.cat(flats), tables, "answer", items, memory).unflatten(0, (len(flats), -1)).transpose(0, 1)
 
     return predict, pull, answer
+
+
+def each(function, *nested):
+    """`function` of the tensors in the same places of nested tuples, with None where there is none."""
+    if isinstance(nested[0], tuple):
+        return tuple(each(function, *parts) for parts in zip(*nested, strict=True))
+    return None if nested[0] is None else function(*nested)
 
 
 def adapt_head(learner, tasks, tables, shapes):
@@ -161,15 +172,14 @@ def adapt_head(learner, tasks, tables, shapes):
     across = history.mT
 
     def predict(flat):
-        user = with_one(flat)
-        return flat, torch.bmm(of_blocks(user, tasks), across).view(shape), torch.bmm(user, query)[:, 0]
+        return flat, torch.bmm(of_blocks(with_one(flat), tasks), across).view(shape)
 
     def pull(flat, predicted, slope, graph):
         gradient = torch.bmm(slope.view(len(across), 1, -1), history)[:, 0, 1:]
         return of_tasks(gradient if graph else gradient.detach(), tasks)
 
-    def answer(flat):
-        return torch.bmm(with_one(flat), query)[:, 0]
+    def answer(flats):
+        return torch.cat([torch.bmm(with_one(flat), query) for flat in flats], 1)
 
     return predict, pull, answer
 

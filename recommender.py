@@ -273,7 +273,7 @@ def score(member, fast, tasks, at_once):
     tables = member.learner.tables()
     rows = {name: moved(table, tasks, fast.get(name)) for name, table in tables.items()}
     weights = {name: value for name, value in fast.items() if name not in tables}
-    return functional_call(member.learner, weights, (tasks, rows, at_once))[1]
+    return functional_call(member.learner, weights, ("predict", tasks, rows, at_once))[1]
 
 
 def cut_fast(fast, part):

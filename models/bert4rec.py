@@ -32,7 +32,7 @@ class BERT4Rec(nn.Module):
             attended, past = block.attention(x, hidden)
             x = block(x, attended)
             pasts.append(past)
-        return x, (pasts, hide(query_mask(tasks), x.dtype))
+        return x, (tuple(pasts), hide(query_mask(tasks), x.dtype))
 
     def ask(self, query, memory):
         """Queries (Q, D) -> states of the same shape."""

@@ -179,7 +179,7 @@ def read_layers(layers, x, tasks):
     for layer in layers:
         x = layer(x, tasks)
         last.append(last_state(x, tasks)[..., None, :])
-    return x, last
+    return x, tuple(last)
 
 
 def ask_layers(layers, x, last):

@@ -68,8 +68,49 @@ class Learner(nn.Module):
         """{name: (n_items + 1, width)} of the tables that this learner has."""
         return {name: self.get_parameter(name) for name in self.table_names()}
 
+    def forward(self, method, *arguments):
+        """What a method of this class gives: torch's functional_call, which lends it other parameters, calls this."""
+        return getattr(self, method)(*arguments)
+
+    def predict(self, tasks, tables, at_once=None):
+        """Predictions of one task: (R, S) for its positions, (Q,) for its queries, in standard deviations.
+
+        Queries are answered `at_once` after the other.
+        """
+        history, memory = self.read(tasks, tables)
+        parts = tasks.query_items.split(at_once or tasks.query_items.shape[-1], -1)
+        return history, torch.cat([self.answer(items, memory, tables) for items in parts], -1)
+
     def read(self, tasks, tables):
-        """Of histories: states (R, S, D), weights of earlier errors (R, S, S) or None, and what `ask` needs."""
+        """Predictions (R, S) for a task's positions, and what `answer` needs of them: tensors in tuples, and None."""
+        states, weights, memory = self.read_states(tasks, tables)
+        history = self.head(states, tasks.items, tables)
+        if weights is None:
+            return history, (memory, None)
+        error = errors(history, tasks)
+        return add_errors(history, weights, error), (memory, error.select(-2, 0))
+
+    def answer(self, items, memory, tables):
+        """Predictions (Q,) for query items (Q,)."""
+        memory, error = memory
+        states, weights = self.ask_states(items, memory, tables)
+        query = self.head(states, items, tables)
+        return query if weights is None else add_errors(query, weights, error)
+
+    def linear(self, tasks, tables):
+        """Predictions as inner products with (1, what the head adapts, laid end to end): (R, S, 1 + P), (Q, 1 + P)."""
+        states, weights, memory = self.read_states(tasks, tables)
+        asked, of_query = self.ask_states(tasks.query_items, memory, tables)
+        history = self.head.linear(states, tasks.items, tables)
+        query = self.head.linear(asked, tasks.query_items, tables)
+        if weights is None:
+            return history, query
+        ratings = F.pad(tasks.ratings[..., None], (0, history.shape[-1] - 1))
+        error = (ratings - history) * tasks.known[..., None]
+        return history + weights @ error, query + of_query @ error.select(-3, 0)
+
+    def read_states(self, tasks, tables):
+        """Of histories: states (R, S, D), weights of earlier errors (R, S, S) or None, and what `ask_states` needs."""
         history, rated = look_up(tables["item_embedding"], tasks.items), None
         if self.read_rating is not None:
             history, rated = self.read_rating(history, tasks, self.encoder.causal)
@@ -77,42 +118,12 @@ class Learner(nn.Module):
         weights, errors = (None, None) if self.errors is None else self.errors(tasks, tables)
         return states, weights, (rated, past, errors)
 
-    def ask(self, items, memory, tables):
+    def ask_states(self, items, memory, tables):
         """Of query items (Q,): states (Q, D), weights of the errors in row 0 (Q, S) or None."""
         rated, past, errors = memory
         query = look_up(tables["item_embedding"], items)
         states = self.encoder.ask(query if rated is None else query + rated, past)
         return states, None if errors is None else self.errors.ask(items, errors, tables)
-
-    def forward(self, tasks, tables, at_once=None):
-        """Predictions of one task: (R, S) for its positions, (Q,) for its queries, in standard deviations.
-
-        Queries are answered `at_once` after the other.
-        """
-        states, weights, memory = self.read(tasks, tables)
-        parts = tasks.query_items.split(at_once or tasks.query_items.shape[-1], -1)
-        asked = ((items, *self.ask(items, memory, tables)) for items in parts)
-        history = self.head(states, tasks.items, tables)
-        if weights is None:
-            return history, torch.cat([self.head(state, items, tables) for items, state, _ in asked], -1)
-        error = errors(history, tasks)
-        first = error.select(-2, 0)
-        found = [add_errors(self.head(state, items, tables), of, first) for items, state, of in asked]
-        return add_errors(history, weights, error), torch.cat(found, -1)
-
-    def linear(self, tasks, tables):
-        """Predictions as inner products with (1, what the head adapts, laid end to end): (R, S, 1 + P), (Q, 1 + P)."""
-        states, weights, memory = self.read(tasks, tables)
-        asked, of_query = self.ask(tasks.query_items, memory, tables)
-        history, query = (
-            self.head.linear(states, tasks.items, tables),
-            self.head.linear(asked, tasks.query_items, tables),
-        )
-        if weights is None:
-            return history, query
-        ratings = F.pad(tasks.ratings[..., None], (0, history.shape[-1] - 1))
-        error = (ratings - history) * tasks.known[..., None]
-        return history + weights @ error, query + of_query @ error.select(-3, 0)
 
 
 def hidden_size(options):

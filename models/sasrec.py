@@ -29,7 +29,7 @@ class SASRec(nn.Module):
             attended, past = block.attention(block.norm1(x), hidden)
             x = block(x, attended)
             pasts.append(past)
-        return self.norm(x), (pasts, hide(query_mask(tasks), x.dtype))
+        return self.norm(x), (tuple(pasts), hide(query_mask(tasks), x.dtype))
 
     def ask(self, query, memory):
         """Queries (Q, D) -> states of the same shape."""

@@ -109,7 +109,7 @@ def test_a_learner_reads_earlier_ratings_through_errors_alone(model):
         rows = {name: learner.get_parameter(name) for name in learner.table_names()}
 
         def history(ratings, learner=learner, rows=rows):
-            return learner(tasks._replace(ratings=ratings), rows)[0][0]
+            return learner.predict(tasks._replace(ratings=ratings), rows)[0][0]
 
         reads = torch.autograd.functional.jacobian(history, tasks.ratings)[:, 0].abs() > 1e-12
         assert torch.equal(reads, torch.full((6, 6), heads > 0).tril(-1))

@@ -23,7 +23,7 @@ def tables(learner, tasks):
 
 
 def predict(learner, tasks):
-    return learner(tasks, tables(learner, tasks))
+    return learner.predict(tasks, tables(learner, tasks))
 
 
 def slices(tasks):
@@ -91,9 +91,9 @@ def test_queries_of_all_tasks_alike_and_in_parts_are_predicted_the_same(model, r
     numbers = tasks.table.gather(1, tasks.items.flatten(1)).view_as(tasks.items)
     tasks = tasks._replace(items=numbers, query_items=everything.expand(len(tasks.table), -1))
     rows = {name: learner.get_parameter(name) for name in learner.table_names()}
-    expected = learner(tasks, rows)
+    expected = learner.predict(tasks, rows)
     for items, at_once in ((everything, None), (everything, 7), (tasks.query_items, 7)):
-        found = learner(tasks._replace(query_items=items), rows, at_once=at_once)
+        found = learner.predict(tasks._replace(query_items=items), rows, at_once=at_once)
         torch.testing.assert_close(found, expected)
 
 

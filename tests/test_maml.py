@@ -55,7 +55,7 @@ def plain(system, tasks, options, second_order):
         share = task.times.double() * count / task.times.sum().clamp_min(1)
         for step in range(options.num_inner_steps + 1):
             tables = {name: fast[name] for name in system.learner.table_names()}
-            history, query = functional_call(system.learner, fast, (task, tables))
+            history, query = functional_call(system.learner, fast, ("predict", task, tables))
             of_task.append((query - task.query_ratings)[task.query].square().mean())
             if step == options.num_inner_steps:
                 break
@@ -174,7 +174,7 @@ def test_first_order_is_the_gradient_at_the_adapted_weights():
     for step in range(options.num_inner_steps):
         fast = {name: value.detach().requires_grad_() for name, value in fast.items()}
         rows = {name: fast[name] for name in tables}
-        history, _ = functional_call(system.learner, fast, (task, rows))
+        history, _ = functional_call(system.learner, fast, ("predict", task, rows))
         loss = ((history - task.ratings).square() * task.times).sum() / task.times.sum() * (task.query_last + 1) / 2
         slopes = torch.autograd.grad(loss, list(fast.values()), allow_unused=True)
         count = task.query_last + 1
@@ -183,7 +183,7 @@ def test_first_order_is_the_gradient_at_the_adapted_weights():
             for (name, value), slope in zip(fast.items(), slopes, strict=True)
         }
     fast = {name: value.detach().requires_grad_() for name, value in fast.items()}
-    _, query = functional_call(system.learner, fast, (task, {name: fast[name] for name in tables}))
+    _, query = functional_call(system.learner, fast, ("predict", task, {name: fast[name] for name in tables}))
     loss = (query - task.query_ratings)[task.query].square().mean()
     plain_names = [name for name in names if name not in tables]
     expected = torch.autograd.grad(loss, [fast[name] for name in plain_names], allow_unused=True)
@@ -257,7 +257,7 @@ def test_no_inner_steps_is_the_plain_learner():
     tables = maml.look_up(system.learner, tasks)
     for t, prediction in enumerate(predictions):
         task = type(tasks)(*(tensor[t] for tensor in tasks))
-        _, query = system.learner(task, {name: rows[t] for name, rows in tables.items()})
+        _, query = system.learner.predict(task, {name: rows[t] for name, rows in tables.items()})
         torch.testing.assert_close(prediction, query[None])
 
 
