@@ -192,7 +192,8 @@ def deal(tasks, groups):
 PART = 900  # positions whose arithmetic costs as much as calling the operations of another part
 CACHE = 6000  # positions whose arrays fill a processor's cache
 STRIP = 64  # tasks at which a part may begin that are looked at together
-BLOCK = 2  # rows in a block: more leave more of the last blocks empty, fewer copy more weights
+BLOCK = 2  # rows in a block, unless all of a task's are in one
+WEIGHTS = 15  # positions whose arithmetic costs as much as copying a task's weights for a block
 ON_GPU = 256  # tasks at once on a GPU, where calling operations is what costs
 
 
@@ -200,7 +201,7 @@ def by_size(tasks, chunk=0, on_gpu=False, cache=CACHE):
     """Split a meta-batch into parts of like size, packed anew: (numbers of its tasks, `Tasks`) for each part.
 
     A part holds `chunk` tasks; with chunk 0 parts are as large as is cheapest, see `part_lengths`, for which `cache` is
-    the most positions, and large on a GPU.
+    the most that one costs, and large on a GPU.
     """
     length = window_lengths(tasks.segment.cpu().numpy())
     used, width = length.sum(1), length.max(1).clip(1)
@@ -212,8 +213,11 @@ def by_size(tasks, chunk=0, on_gpu=False, cache=CACHE):
     for numbers in np.split(order, ends) if len(order) else ():
         at = torch.from_numpy(numbers)
         part = cut(Tasks(*(tensor[at] for tensor in tasks)))
-        row, column = pack(length[numbers], np.full(len(numbers), width[numbers].max()))
-        yield numbers, lay_out(part, length[numbers], row, column, width[numbers].max(), BLOCK)
+        widest = int(width[numbers].max())
+        row, column = pack(length[numbers], np.full(len(numbers), widest))
+        rows = 1 + np.where(length[numbers], row, 0).max(1)
+        (height,), _ = in_blocks(rows[None], np.array([widest]))
+        yield numbers, lay_out(part, length[numbers], row, column, widest, height[-1])
 
 
 def window_lengths(segment):
@@ -226,7 +230,7 @@ def window_lengths(segment):
 def part_lengths(used, width, cache):
     """The numbers of tasks of the parts that cost least together; ratings and width (T,) of each, the widest first.
 
-    A part costs its positions, padding counted, and PART for its calls; only one of a single task outgrows `cache`.
+    A part costs its blocks, see `in_blocks`, and PART for its calls; only one of a single task outgrows `cache`.
     """
     n = len(used)
     cost, length = np.zeros(n + 1), np.empty(n, np.int64)  # of what follows each task, and of the part it begins
@@ -245,19 +249,28 @@ def part_lengths(used, width, cache):
 
 
 def part_sizes(used, width, cache):
-    """Positions of parts that begin at each of the first tasks and have 1, 2, ... tasks, as far as they may fit."""
+    """What parts cost that begin at each of the first tasks and have 1, 2, ... tasks, as far as they may fit."""
     most = min(len(used), 1 + cache // width[-1])
     following = sliding_window_view(np.pad(used, (0, most)), most)[: len(width)]
-    number, rows = np.arange(1, most + 1), -(-following // width[:, None])  # packing seldom takes more
-    highest, blocks = np.maximum.accumulate(rows, 1), np.cumsum(-(-rows // BLOCK), 1)
-    sizes = width[:, None] * np.where(highest < BLOCK, highest * number, BLOCK * blocks)
-    return np.where(number <= len(used) - np.arange(len(width))[:, None], sizes, np.inf)
+    _, sizes = in_blocks(-(-following // width[:, None]), width)  # packing seldom takes more rows
+    here = np.arange(1, most + 1) <= len(used) - np.arange(len(width))[:, None]
+    return np.where(here, sizes, np.inf)
 
 
-def lay_out(tasks, length, row, column, width, most):
-    """Tasks with windows, of `length` (T, W), at row and column (T, W) of rows of `width`, `most` rows a block."""
+def in_blocks(rows, width):
+    """How high the blocks of the first 1, 2, ... tasks of rows (F, N) and `width` (F,) are best, and what they cost.
+
+    Few rows a block leave few of them empty, but copy a task's weights for each block. Costs are in positions.
+    """
+    number, highest = np.arange(1, rows.shape[1] + 1), np.maximum.accumulate(rows, 1)
+    whole = number * (highest * width[:, None] + WEIGHTS)
+    several = np.cumsum(-(-rows // BLOCK), 1) * (BLOCK * width[:, None] + WEIGHTS)
+    return np.where(several < whole, BLOCK, highest), np.minimum(several, whole)
+
+
+def lay_out(tasks, length, row, column, width, height):
+    """Tasks with windows, of `length` (T, W), at row and column (T, W) of rows of `width`, `height` rows a block."""
     rows = 1 + np.where(length, row, 0).max(1)
-    height = min(most, int(rows.max()))
     more = (rows - 1) // height  # blocks beside a task's first one
     first = len(rows) + np.cumsum(more) - more
     block = np.where(row < height, np.arange(len(rows))[:, None], first[:, None] + row // height - 1)
@@ -266,7 +279,7 @@ def lay_out(tasks, length, row, column, width, most):
     window = tasks.segment[source] - 1
     of_window = (torch.from_numpy(x).to(task.device) for x in (block, row % height, column + length))
     block, row, end = (x[task, window] for x in of_window)
-    shape, place = (len(rows) + int(more.sum()), height, int(width)), (block, row, end - tasks.position[source])
+    shape, place = (len(rows) + int(more.sum()), int(height), width), (block, row, end - tasks.position[source])
 
     def lay(values):
         out = values.new_zeros(shape)

@@ -305,10 +305,10 @@ def test_parts_hold_every_task_once_and_unchanged(options, given):
     assert sorted(seen) == list(range(20))
 
 
-def rows_in_blocks(rows):
-    """Rows, empty ones included, of the blocks of tasks with that many rows each."""
-    height = min(dataloader.BLOCK, rows.max())
-    return sum(-(-rows // height) * height)
+def cost_in_blocks(rows, width):
+    """Positions, empty ones included, of the blocks of tasks with that many rows each, and the copies of weights."""
+    heights = min(dataloader.BLOCK, rows.max()), rows.max()
+    return min((sum(-(-rows // height)) * (height * width + dataloader.WEIGHTS)) for height in heights)
 
 
 def test_parts_cost_least_of_all_ways_to_cut(monkeypatch):
@@ -320,7 +320,7 @@ def test_parts_cost_least_of_all_ways_to_cut(monkeypatch):
         for ends in itertools.product((False, True), repeat=7):
             parts = np.split(np.arange(8), np.flatnonzero(ends) + 1)
             widest = [width[tasks].max() for tasks in parts]
-            sizes = [w * rows_in_blocks(-(-used[t] // w)) for t, w in zip(parts, widest, strict=True)]
+            sizes = [cost_in_blocks(-(-used[t] // w), w) for t, w in zip(parts, widest, strict=True)]
             if all(size <= cache or len(tasks) == 1 for size, tasks in zip(sizes, parts, strict=True)):
                 costs[tuple(map(len, parts))] = sum(sizes) + part * len(parts)
         assert costs[tuple(dataloader.part_lengths(used, width, cache))] == min(costs.values())

@@ -38,7 +38,7 @@ def make(model="sasrec", loss="none", adapt="head", **given):
 
 def vectorised(system, tasks, second_order, rows=1):
     """The query losses (T, K + 1) of tasks laid out in blocks of at most that many rows, as in training."""
-    with mock.patch.object(dataloader, "BLOCK", rows):
+    with mock.patch.multiple(dataloader, BLOCK=rows, WEIGHTS=-1):
         [(numbers, part)] = dataloader.by_size(tasks, len(tasks.table))
     assert (len(part.task) > len(part.table)) == (rows == 1)
     return maml.query_losses(system(part, second_order), part)[np.argsort(numbers)]
