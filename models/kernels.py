@@ -152,6 +152,90 @@ class AffineSlope(Function):
         return to_slope, torch.bmm(slope, to_weight).view(ctx.shape), torch.bmm(across(slope), to_x), None
 
 
+IN_CACHE = 2400  # positions at a time, so that what is between two layers stays in a processor's cache
+
+
+class FeedForward(Function):
+    """W2 gelu(h) + b2 with h = W1 x + b1, for x (T, ..., D) and each task's own W1 (T, E, D), b1, W2 (T, D, E), b2."""
+
+    @staticmethod
+    def forward(ctx, x, wide, wide_bias, narrow, narrow_bias):
+        flat = x.flatten(1, -2)
+        inside, out = flat.new_empty(*flat.shape[:2], wide.shape[1]), torch.empty_like(flat)
+        active = torch.empty_like(inside)
+        for part in few_tasks(flat, wide, wide_bias[:, None], narrow, narrow_bias[:, None], inside, active, out):
+            x_, w1, b1, w2, b2, h, a, y = part
+            aten.gelu.out(torch.baddbmm(b1, x_, across(w1), out=h), out=a)
+            torch.baddbmm(b2, a, across(w2), out=y)
+        ctx.save_for_backward(x, wide, wide_bias, narrow, inside, active)
+        ctx.slope = None
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, slope):
+        inside = ctx.saved_tensors[-2]
+        if ctx.slope is None and torch.is_grad_enabled():  # by the inner gradient, used again by the meta-gradient
+            ctx.slope = aten.gelu_backward(torch.ones_like(inside), inside)
+        return *FeedForwardSlope.apply(slope, *ctx.saved_tensors, ctx.slope), slope.flatten(1, -2).sum(1)
+
+
+class FeedForwardSlope(Function):
+    """Derivatives of `FeedForward` for slope s, but that in b2. In x: v W1; in W1: v' x; in b1: the sum of v; in W2:
+    s' gelu(h); with v = u gelu'(h) and u = s W2.
+
+    `inside`, `active` and `own`, which are h, gelu(h) and gelu'(h) or None, are handed on to save time; the derivative
+    counts them as the functions of x, W1 and b1 they are.
+    """
+
+    @staticmethod
+    def forward(ctx, slope, x, wide, wide_bias, narrow, inside, active, own):
+        ctx.shape, slope, x = x.shape, slope.flatten(1, -2), x.flatten(1, -2)
+        out = [torch.empty_like(like) for like in (x, wide, wide_bias[:, None], narrow)]
+        kept = [inside] * 3 if own is None else [own, torch.empty_like(inside), torch.empty_like(inside)]
+        for part in few_tasks(slope, x, wide, narrow, inside, active, *kept, *out):
+            s, x_, w1, w2, h, a, g, u, v, to_x, to_w1, to_b1, to_w2 = part
+            if own is None:
+                v = aten.gelu_backward(torch.bmm(s, w2), h)
+            else:
+                torch.mul(torch.bmm(s, w2, out=u), g, out=v)
+            torch.bmm(v, w1, out=to_x)
+            torch.bmm(across(v), x_, out=to_w1)
+            torch.sum(v, 1, True, out=to_b1)
+            torch.bmm(across(s), a, out=to_w2)
+        ctx.save_for_backward(slope, x, wide, narrow, inside, active, *kept)
+        return out[0].view(ctx.shape), out[1], out[2][:, 0], out[3]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, c_x, c_wide, c_bias, c_narrow):
+        """For cotangents c of x, C1, c1 and C2, with w = W1 c + C1 x + c1. In s: W2 (w gelu'(h)) + C2 gelu(h); in W2:
+        s' (w gelu'(h)); in h: d = w u gelu''(h) + (s C2) gelu'(h); in x: v C1 + d W1; in W1: v' c + d' x."""
+        slope, x, wide, narrow, *between = ctx.saved_tensors
+        out = [torch.empty_like(like) for like in (slope, x, wide, c_bias[:, None], narrow)]
+        c_x = c_x.flatten(1, -2)
+        given = c_x, c_wide, c_bias[:, None], c_narrow, *out
+        for part in few_tasks(slope, x, wide, narrow, *between, *given):
+            s, x_, w1, w2, h, a, g, u, v, c, c_w1, c_b1, c_w2, to_s, to_x, to_w1, to_b1, to_w2 = part
+            w = torch.baddbmm(c_b1, c, across(w1)).baddbmm_(x_, across(c_w1))
+            moved = w * g
+            torch.bmm(moved, across(w2), out=to_s).baddbmm_(a, across(c_w2))
+            torch.bmm(across(s), moved, out=to_w2)
+            square = h * h
+            density = (-0.5 * square).exp_().mul_((2 * math.pi) ** -0.5)
+            to_h = square.neg_().add_(2).mul_(density).mul_(u).mul_(w).addcmul_(torch.bmm(s, c_w2), g)
+            torch.bmm(v, c_w1, out=to_x).baddbmm_(to_h, w1)
+            torch.bmm(across(v), c, out=to_w1).baddbmm_(across(to_h), x_)
+            torch.sum(to_h, 1, True, out=to_b1)
+        return out[0].view(ctx.shape), out[1].view(ctx.shape), out[2], out[3][:, 0], out[4], None, None, None
+
+
+def few_tasks(*tensors):
+    """Tensors (T, ...), the first (T, N, ...), cut alike into about IN_CACHE positions at a time."""
+    tasks, positions = tensors[0].shape[:2]
+    step = -(-tasks // max(1, round(tasks * positions / IN_CACHE)))
+    return zip(*(tensor.split(step) for tensor in tensors), strict=True)
+
+
 # -----------------------------------------------------------------------------
 # attention
 
