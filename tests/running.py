@@ -36,13 +36,13 @@ def command(place, *flags):
     return ["--mode=sample", f"--data_path={ROOT / 'Data/sample/ratings.csv'}", *folders, *TINY, *flags]
 
 
-def start(place, *flags, script="main", before=lambda: None):
-    """Fork a process that does `before` and runs the script; its process id. It writes to `place`.out and .err."""
+def fork(place, function):
+    """Fork a process that ends with what `function` does; its process id. It writes to `place`.out and .err."""
     place.parent.mkdir(parents=True, exist_ok=True)
     process = os.fork()
     if process:
         return process
-    code = 99
+    code = 1
     try:
         for number, suffix in ((1, ".out"), (2, ".err")):
             file = os.open(place.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -50,14 +50,24 @@ def start(place, *flags, script="main", before=lambda: None):
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        before()
-        processes.run_script(lambda: SCRIPTS[script].main(command(place, *flags)))
+        function()
+        code = 0
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(code)
+
+
+def start(place, *flags, script="main", before=lambda: None):
+    """Fork a process that does `before` and runs the script; its process id."""
+
+    def run_it():
+        before()
+        processes.run_script(lambda: SCRIPTS[script].main(command(place, *flags)))
+
+    return fork(place, run_it)
 
 
 def wait(process):
