@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which an optimizer would import in each process anew
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main

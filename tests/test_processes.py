@@ -130,7 +130,7 @@ def test_batch_that_no_process_divides(tmp_path):
     assert_close(log_of(tmp_path, 0) / NAME, tmp_path / "one" / "log" / NAME)
 
 
-def train(path, options, dtype=torch.float64, count=20):
+def train(path, options, dtype=torch.float64, count=12):
     """Take outer steps and save parameters and figures in `path`."""
     processes.connect(torch.device("cpu"))
     system = tiny.ensemble(options).to(dtype)
@@ -162,7 +162,7 @@ def train_together(folder, options, count, dtype=torch.float64):
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize(("batch", "count"), [(5, 2), (2, 3)])
 def test_uneven_and_empty_shares(tmp_path, form, sparse, batch, count):
-    """20 iterations give the same parameters, moments and figures, in all processes alike."""
+    """12 iterations give the same parameters, moments and figures, in all processes alike."""
     more = {"adapt": "all", "loss_network": "lstm"} if form == "paper" else {}
     options = tiny.options(
         batch_size=batch, sparse_items=sparse, init_items="random", model="gru4rec", clip_norm=0.5, warmup=1, **more
