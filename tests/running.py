@@ -37,17 +37,15 @@ def command(place, *flags):
     return ["--mode=sample", f"--data_path={ROOT / 'Data/sample/ratings.csv'}", *folders, *TINY, *flags]
 
 
-def fork(place, function):
-    """Fork a process that ends with what `function` does; its process id. It writes to `place`.out and .err."""
-    place.parent.mkdir(parents=True, exist_ok=True)
+def fork(function, out, err):
+    """Fork a process that does what `function` does and writes to the files `out` and `err`; its process id."""
     process = os.fork()
     if process:
         return process
     code = 1
     try:
-        for number, suffix in ((1, ".out"), (2, ".err")):
-            file = os.open(place.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, number)
+        for number, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -62,13 +60,14 @@ def fork(place, function):
 
 
 def start(place, *flags, script="main", before=lambda: None):
-    """Fork a process that does `before` and runs the script; its process id."""
+    """Fork a process that does `before` and runs the script; its process id. It writes to `place`.out and .err."""
 
     def run_it():
         before()
         processes.run_script(lambda: SCRIPTS[script].main(command(place, *flags)))
 
-    return fork(place, run_it)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return fork(run_it, place.with_suffix(".out"), place.with_suffix(".err"))
 
 
 def wait(process):

@@ -1,13 +1,16 @@
 """compare.py and its leak test, on the bundled sample at tiny sizes."""
 
 import json
+import os
 import shutil
+import signal
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import running
 import torch
 
 import baselines
@@ -98,6 +101,21 @@ def no_training(*args, **kwargs):
     raise AssertionError("a finished run was repeated")
 
 
+class Forked:
+    """What `compare` needs of a Popen of main.py or pretrain.py, by a fork of this process, which imports nothing."""
+
+    def __init__(self, words, stdout, stderr, env, **_):
+        script = {"main.py": main, "pretrain.py": pretrain}[words[1].name]
+
+        def run_it():
+            os.environ.update(env)
+            run_script(lambda: script.main(words[2:]))
+
+        self.process = running.fork(run_it, stdout.name, stderr.name)
+        self.terminate = lambda: os.kill(self.process, signal.SIGTERM)
+        self.wait = lambda: running.wait(self.process)
+
+
 def test_table_depends_on_neither_order_nor_processes_nor_interruptions(reference, tmp_path, monkeypatch):
     given = [f"--output={tmp_path}", "--jobs=1", "--methods", "melo", "basic", *ASKED]
 
@@ -107,6 +125,7 @@ def test_table_depends_on_neither_order_nor_processes_nor_interruptions(referenc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(plots, "draw_all", lambda *_: None)
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=Forked, DEVNULL=None))
     with monkeypatch.context() as patch:
         patch.setattr(compare, "watch", interrupt)
         assert compare.main(given) == 130

@@ -354,7 +354,8 @@ def start_torchrun(place, *words):
         os.environ.update(ENVIRONMENT)
         torchrun.main(["--start_method=fork", "--run_path", *words])
 
-    return running.fork(place, launch)
+    place.parent.mkdir(exist_ok=True)
+    return running.fork(launch, place.with_suffix(".out"), place.with_suffix(".err"))
 
 
 def test_torchrun(tmp_path):

@@ -231,17 +231,16 @@ def test_a_log_file_is_a_line_a_validation(tmp_path):
 def test_a_terminal_of_80_columns_is_not_overrun(tmp_path):
     """A real terminal's other end, where the bar is drawn below the lines."""
     ours, theirs = os.openpty()
+    terminal = os.ttyname(theirs)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
 
     def train():
         os.chdir(tmp_path)
-        os.dup2(theirs, 1)
-        os.dup2(theirs, 2)
         os.close(ours)
         os.close(theirs)
         run_script(lambda: main.main([*SAMPLE, *SMALL]))
 
-    process = running.fork(tmp_path / "terminal", train)
+    process = running.fork(train, terminal, terminal)
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # the terminal is gone when the process is
