@@ -39,10 +39,16 @@ TABLES = ("table.csv", "differences.csv")
 # nothing of the test users reaches training
 
 
-def fitted(folder, ratings, users):
-    """All that is fitted to the sample with the ratings of `users` turned upside down, and the data's fingerprint."""
-    folder.mkdir()
+def part_of_sample():
+    """The sample's ratings of a third of its users."""
     table = pd.read_csv(SAMPLE)
+    return table[table[table.columns[0]] % 3 == 0]
+
+
+def fitted(folder, ratings, users):
+    """All that is fitted with the ratings of `users` turned upside down, and the data's fingerprint."""
+    folder.mkdir()
+    table = part_of_sample()
     user, value = table.columns[0], table.columns[2]
     chosen = table[user].isin(ratings.user_ids[users])
     table.loc[chosen, value] = ratings.low + ratings.high - table[value]
@@ -72,7 +78,8 @@ def same(one, other):
 
 
 def test_ratings_of_test_users_reach_no_fitted_parameter(tmp_path):
-    problem = training.load_problem(option_module.parse("", [*SIZES, "--fold=0"]))
+    part_of_sample().to_csv(path := tmp_path / "ratings.csv", index=False)
+    problem = training.load_problem(option_module.parse("", [*SIZES, "--fold=0", f"--data_path={path}"]))
     before, fingerprint = fitted(tmp_path / "as it is", problem.ratings, problem.test[:0])
     after, changed = fitted(tmp_path / "test users", problem.ratings, problem.test)
     assert fingerprint != changed
