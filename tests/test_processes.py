@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -341,42 +340,31 @@ def test_each_process_has_its_own_gpu(monkeypatch):
 # -----------------------------------------------------------------------------
 # torchrun itself
 
-STANDALONE = "--standalone", "--nproc_per_node=2"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+STANDALONE = "--standalone", "--nproc_per_node=2"
+FORKED = "--start_method=fork", "--run_path"  # torch is not imported for each process
 
 
 def start_torchrun(place, *words):
-    """Fork a launcher of main.py, which forks the processes, so that torch is not imported for each; its process id."""
+    """Fork a launcher with the options `words`; its process id."""
 
     def launch():
         os.setsid()
         os.chdir(place.parent)
         os.environ.update(ENVIRONMENT)
-        torchrun.main(["--start_method=fork", "--run_path", *words])
+        torchrun.main(words)
 
     place.parent.mkdir(exist_ok=True)
     return running.fork(launch, place.with_suffix(".out"), place.with_suffix(".err"))
 
 
-def test_torchrun(tmp_path):
-    """The real command."""
-    flags = *LEARNER, "--num_train_iterations=20"
+@pytest.mark.parametrize(("sparse", "how"), [(False, ()), (True, FORKED)], ids=["new interpreters", "sparse"])
+def test_torchrun(tmp_path, sparse, how):
+    flags = *LEARNER, f"--sparse_items={sparse}", "--num_train_iterations=20"
     log, one = tmp_path / "two" / "log", tmp_path / "one" / "log"
-    words = [sys.executable, "-m", "torch.distributed.run", *STANDALONE, MAIN, *command(log, *flags)]
-    done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert done.stdout.count("iteration     20") == 1
-    assert main.main(command(one, *flags)) == 0
-    assert_close(log / NAME, one / NAME)
-
-
-def test_torchrun_with_sparse_items(tmp_path):
-    flags = *LEARNER, "--sparse_items=True", "--num_train_iterations=20"
-    log, one = tmp_path / "two" / "log", tmp_path / "one" / "log"
-    place = tmp_path / "torchrun"
-    assert wait(start_torchrun(place, *STANDALONE, MAIN, *command(log, *flags))) == 0
-    assert "Traceback" not in place.with_suffix(".err").read_text()
-    assert place.with_suffix(".out").read_text().count("iteration     20") == 1
+    assert wait(start_torchrun(log, *STANDALONE, *how, MAIN, *command(log, *flags))) == 0
+    assert "Traceback" not in log.with_suffix(".err").read_text()
+    assert log.with_suffix(".out").read_text().count("iteration     20") == 1
     assert main.main(command(one, *flags)) == 0
     assert_close(log / NAME, one / NAME)
 
@@ -388,7 +376,7 @@ def test_torchrun_on_two_machines(tmp_path, both):
     def launch(rank, *flags):
         place = log_of(tmp_path, rank)
         where = ["--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
-        return start_torchrun(place, *where, f"--master_port={port}", MAIN, *command(place, *flags))
+        return start_torchrun(place, *where, f"--master_port={port}", *FORKED, MAIN, *command(place, *flags))
 
     long = "--num_train_iterations=100000", "--log_interval=100000"
     launched = [launch(rank, *LEARNER, *long) for rank in (0, 1)]
@@ -406,7 +394,7 @@ def test_torchrun_starts_all_again(tmp_path):
     """With --max_restarts and --resume, a killed process costs what was not saved."""
     log = tmp_path / "log"
     flags = "--resume", "--num_train_iterations=60", "--log_interval=60", "--checkpoint_interval=1"
-    launcher = start_torchrun(log, *STANDALONE, "--max_restarts=1", MAIN, *command(log, *flags))
+    launcher = start_torchrun(log, *STANDALONE, "--max_restarts=1", *FORKED, MAIN, *command(log, *flags))
     wait_until(has_saved(log / NAMES["main"], 4))
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
