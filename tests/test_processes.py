@@ -1,5 +1,6 @@
 """Several processes train what one trains, and end together. They share an address and files, not working folders."""
 
+import itertools
 import os
 import signal
 import socket
@@ -250,11 +251,10 @@ def test_a_killed_process_ends_the_other(tmp_path, both, who):
     assert is_same_run(tmp_path, both)
 
 
-@pytest.mark.parametrize("function", ["train_iteration", "load_problem"])
-def test_a_silent_process_ends_the_other(tmp_path, function):
+def test_a_silent_process_ends_the_other(tmp_path):
     """Whether the other is computing or still reading; a process whose machine is lost looks like a stopped one."""
 
-    def start_pair(who):
+    def start_pair(function, who):
         def prepare(rank):
             processes.SILENCE = 3
             if rank == who:
@@ -262,13 +262,15 @@ def test_a_silent_process_ends_the_other(tmp_path, function):
             elif function == "load_problem":
                 do_before(function, 1, lambda: time.sleep(60))
 
-        return start_all(tmp_path / f"{who}", before=prepare)
+        return start_all(tmp_path / f"{function}{who}", before=prepare)
 
-    for who, both in enumerate([start_pair(0), start_pair(1)]):  # side by side, for what takes long is waiting
+    cases = list(itertools.product(("train_iteration", "load_problem"), (0, 1)))
+    pairs = list(itertools.starmap(start_pair, cases))  # side by side, for what takes long is waiting
+    for (function, who), both in zip(cases, pairs, strict=True):
         assert wait(both[1 - who]) == 1
         os.kill(both[who], signal.SIGKILL)
         assert wait(both[who]) == -signal.SIGKILL
-        errors = errors_of(tmp_path / f"{who}")
+        errors = errors_of(tmp_path / f"{function}{who}")
         assert errors.count("\n") == 1
         assert errors.startswith(f"error: process {who} of 2 has been silent for 3 s; ")
 
