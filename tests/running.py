@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which an optimizer would import in each process anew
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
@@ -36,28 +37,37 @@ def command(place, *flags):
     return ["--mode=sample", f"--data_path={ROOT / 'Data/sample/ratings.csv'}", *folders, *TINY, *flags]
 
 
-def start(place, *flags, script="main", before=lambda: None):
-    """Fork a process that does `before` and runs the script; its process id. It writes to `place`.out and .err."""
-    place.parent.mkdir(parents=True, exist_ok=True)
+def fork(function, out, err):
+    """Fork a process that does what `function` does and writes to the files `out` and `err`; its process id."""
     process = os.fork()
     if process:
         return process
-    code = 99
+    code = 1
     try:
-        for number, suffix in ((1, ".out"), (2, ".err")):
-            file = os.open(place.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, number)
+        for number, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        before()
-        processes.run_script(lambda: SCRIPTS[script].main(command(place, *flags)))
+        function()
+        code = 0
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(code)
+
+
+def start(place, *flags, script="main", before=lambda: None):
+    """Fork a process that does `before` and runs the script; its process id. It writes to `place`.out and .err."""
+
+    def run_it():
+        before()
+        processes.run_script(lambda: SCRIPTS[script].main(command(place, *flags)))
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return fork(run_it, place.with_suffix(".out"), place.with_suffix(".err"))
 
 
 def wait(process):

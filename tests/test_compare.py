@@ -1,13 +1,16 @@
 """compare.py and its leak test, on the bundled sample at tiny sizes."""
 
 import json
+import os
 import shutil
+import signal
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import running
 import torch
 
 import baselines
@@ -36,10 +39,16 @@ TABLES = ("table.csv", "differences.csv")
 # nothing of the test users reaches training
 
 
-def fitted(folder, ratings, users):
-    """All that is fitted to the sample with the ratings of `users` turned upside down, and the data's fingerprint."""
-    folder.mkdir()
+def part_of_sample():
+    """The sample's ratings of a third of its users."""
     table = pd.read_csv(SAMPLE)
+    return table[table[table.columns[0]] % 3 == 0]
+
+
+def fitted(folder, ratings, users):
+    """All that is fitted with the ratings of `users` turned upside down, and the data's fingerprint."""
+    folder.mkdir()
+    table = part_of_sample()
     user, value = table.columns[0], table.columns[2]
     chosen = table[user].isin(ratings.user_ids[users])
     table.loc[chosen, value] = ratings.low + ratings.high - table[value]
@@ -69,7 +78,8 @@ def same(one, other):
 
 
 def test_ratings_of_test_users_reach_no_fitted_parameter(tmp_path):
-    problem = training.load_problem(option_module.parse("", [*SIZES, "--fold=0"]))
+    part_of_sample().to_csv(path := tmp_path / "ratings.csv", index=False)
+    problem = training.load_problem(option_module.parse("", [*SIZES, "--fold=0", f"--data_path={path}"]))
     before, fingerprint = fitted(tmp_path / "as it is", problem.ratings, problem.test[:0])
     after, changed = fitted(tmp_path / "test users", problem.ratings, problem.test)
     assert fingerprint != changed
@@ -98,6 +108,21 @@ def no_training(*args, **kwargs):
     raise AssertionError("a finished run was repeated")
 
 
+class Forked:
+    """What `compare` needs of a Popen of main.py or pretrain.py, by a fork of this process, which imports nothing."""
+
+    def __init__(self, words, stdout, stderr, env, **_):
+        script = {"main.py": main, "pretrain.py": pretrain}[words[1].name]
+
+        def run_it():
+            os.environ.update(env)
+            run_script(lambda: script.main(words[2:]))
+
+        self.process = running.fork(run_it, stdout.name, stderr.name)
+        self.terminate = lambda: os.kill(self.process, signal.SIGTERM)
+        self.wait = lambda: running.wait(self.process)
+
+
 def test_table_depends_on_neither_order_nor_processes_nor_interruptions(reference, tmp_path, monkeypatch):
     given = [f"--output={tmp_path}", "--jobs=1", "--methods", "melo", "basic", *ASKED]
 
@@ -107,6 +132,7 @@ def test_table_depends_on_neither_order_nor_processes_nor_interruptions(referenc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(plots, "draw_all", lambda *_: None)
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=Forked, DEVNULL=None))
     with monkeypatch.context() as patch:
         patch.setattr(compare, "watch", interrupt)
         assert compare.main(given) == 130

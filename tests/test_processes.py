@@ -1,10 +1,10 @@
 """Several processes train what one trains, and end together. They share an address and files, not working folders."""
 
+import itertools
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,6 +14,7 @@ import tiny
 import torch
 from running import NAMES, ROOT, command, has_saved, result, same, start, wait, wait_until
 from test_faults import do_before, poison
+from torch.distributed import run as torchrun
 
 import dataloader
 import main
@@ -27,6 +28,7 @@ from optimizer import RowAdamW
 # move by rounding errors, which Adam enlarges, and which depend on the number of processes.
 LEARNER = "--model=gru4rec", "--use_adaptive_loss=False"
 NAME = "sample-gru4rec-maml"
+MAIN = str(ROOT / "main.py")
 
 
 def free_port():
@@ -128,7 +130,7 @@ def test_batch_that_no_process_divides(tmp_path):
     assert_close(log_of(tmp_path, 0) / NAME, tmp_path / "one" / "log" / NAME)
 
 
-def train(path, options, dtype=torch.float64, count=20):
+def train(path, options, dtype=torch.float64, count=12):
     """Take outer steps and save parameters and figures in `path`."""
     processes.connect(torch.device("cpu"))
     system = tiny.ensemble(options).to(dtype)
@@ -160,7 +162,7 @@ def train_together(folder, options, count, dtype=torch.float64):
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize(("batch", "count"), [(5, 2), (2, 3)])
 def test_uneven_and_empty_shares(tmp_path, form, sparse, batch, count):
-    """20 iterations give the same parameters, moments and figures, in all processes alike."""
+    """12 iterations give the same parameters, moments and figures, in all processes alike."""
     more = {"adapt": "all", "loss_network": "lstm"} if form == "paper" else {}
     options = tiny.options(
         batch_size=batch, sparse_items=sparse, init_items="random", model="gru4rec", clip_norm=0.5, warmup=1, **more
@@ -249,25 +251,28 @@ def test_a_killed_process_ends_the_other(tmp_path, both, who):
     assert is_same_run(tmp_path, both)
 
 
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize("function", ["train_iteration", "load_problem"])
-def test_a_silent_process_ends_the_other(tmp_path, function, who):
+def test_a_silent_process_ends_the_other(tmp_path):
     """Whether the other is computing or still reading; a process whose machine is lost looks like a stopped one."""
 
-    def prepare(rank):
-        processes.SILENCE = 3
-        if rank == who:
-            do_before(function, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
-        elif function == "load_problem":
-            do_before(function, 1, lambda: time.sleep(60))
+    def start_pair(function, who):
+        def prepare(rank):
+            processes.SILENCE = 3
+            if rank == who:
+                do_before(function, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+            elif function == "load_problem":
+                do_before(function, 1, lambda: time.sleep(60))
 
-    both = start_all(tmp_path, before=prepare)
-    assert wait(both[1 - who]) == 1
-    os.kill(both[who], signal.SIGKILL)
-    assert wait(both[who]) == -signal.SIGKILL
-    errors = errors_of(tmp_path)
-    assert errors.count("\n") == 1
-    assert errors.startswith(f"error: process {who} of 2 has been silent for 3 s; ")
+        return start_all(tmp_path / f"{function}{who}", before=prepare)
+
+    cases = list(itertools.product(("train_iteration", "load_problem"), (0, 1)))
+    pairs = list(itertools.starmap(start_pair, cases))  # side by side, for what takes long is waiting
+    for (function, who), both in zip(cases, pairs, strict=True):
+        assert wait(both[1 - who]) == 1
+        os.kill(both[who], signal.SIGKILL)
+        assert wait(both[who]) == -signal.SIGKILL
+        errors = errors_of(tmp_path / f"{function}{who}")
+        assert errors.count("\n") == 1
+        assert errors.startswith(f"error: process {who} of 2 has been silent for 3 s; ")
 
 
 def test_a_mistake_of_one_is_said_once(tmp_path):
@@ -277,6 +282,7 @@ def test_a_mistake_of_one_is_said_once(tmp_path):
     assert statuses == [2, 2] and "holds a run already" in errors
 
     def lose_data(rank):
+        processes.LAST_WORDS = 1  # process 0 waits and has nothing to write
         if rank:
             running.ROOT = tmp_path / "nowhere"
 
@@ -336,18 +342,31 @@ def test_each_process_has_its_own_gpu(monkeypatch):
 # -----------------------------------------------------------------------------
 # torchrun itself
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+STANDALONE = "--standalone", "--nproc_per_node=2"
+FORKED = "--start_method=fork", "--run_path"  # torch is not imported for each process
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_torchrun(tmp_path, sparse):
+def start_torchrun(place, *words):
+    """Fork a launcher with the options `words`; its process id."""
+
+    def launch():
+        os.setsid()
+        os.chdir(place.parent)
+        os.environ.update(ENVIRONMENT)
+        torchrun.main(words)
+
+    place.parent.mkdir(exist_ok=True)
+    return running.fork(launch, place.with_suffix(".out"), place.with_suffix(".err"))
+
+
+@pytest.mark.parametrize(("sparse", "how"), [(False, ()), (True, FORKED)], ids=["new interpreters", "sparse"])
+def test_torchrun(tmp_path, sparse, how):
     flags = *LEARNER, f"--sparse_items={sparse}", "--num_train_iterations=20"
     log, one = tmp_path / "two" / "log", tmp_path / "one" / "log"
-    words = [*TORCHRUN, "--standalone", "--nproc_per_node=2", ROOT / "main.py", *command(log, *flags)]
-    done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert done.stdout.count("iteration     20") == 1
+    assert wait(start_torchrun(log, *STANDALONE, *how, MAIN, *command(log, *flags))) == 0
+    assert "Traceback" not in log.with_suffix(".err").read_text()
+    assert log.with_suffix(".out").read_text().count("iteration     20") == 1
     assert main.main(command(one, *flags)) == 0
     assert_close(log / NAME, one / NAME)
 
@@ -357,34 +376,29 @@ def test_torchrun_on_two_machines(tmp_path, both):
     port = free_port()
 
     def launch(rank, *flags):
-        folder = tmp_path / f"machine{rank}"
-        folder.mkdir(exist_ok=True)
+        place = log_of(tmp_path, rank)
         where = ["--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
-        words = [*TORCHRUN, *where, f"--master_port={port}", ROOT / "main.py", *command(folder / "log", *flags)]
-        with open(folder / "err", "w") as err:
-            return subprocess.Popen(words, cwd=folder, env=ENVIRONMENT, stdout=err, stderr=err, start_new_session=True)
+        return start_torchrun(place, *where, f"--master_port={port}", *FORKED, MAIN, *command(place, *flags))
 
     long = "--num_train_iterations=100000", "--log_interval=100000"
     launched = [launch(rank, *LEARNER, *long) for rank in (0, 1)]
     wait_until(has_saved(log_of(tmp_path, 0) / NAME, 4))
-    launched[1].send_signal(signal.SIGTERM)
-    assert [process.wait(60) for process in launched] == [1, 1]
-    assert (tmp_path / "machine0" / "err").read_text().count("stopped after iteration") == 1
+    os.kill(launched[1], signal.SIGTERM)
+    assert [wait(process) for process in launched] == [1, 1]
+    assert log_of(tmp_path, 0).with_suffix(".err").read_text().count("stopped after iteration") == 1
     assert (log_of(tmp_path, 0) / NAME / "lock").read_text() == ""
     launched = [launch(rank, *LEARNER, "--overwrite") for rank in (0, 1)]
-    assert [process.wait(60) for process in launched] == [0, 0]
+    assert [wait(process) for process in launched] == [0, 0]
     assert is_same_run(tmp_path, both)
 
 
 def test_torchrun_starts_all_again(tmp_path):
     """With --max_restarts and --resume, a killed process costs what was not saved."""
     log = tmp_path / "log"
-    words = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max_restarts=1", ROOT / "main.py"]
-    words += command(log, "--resume", "--num_train_iterations=60", "--log_interval=60", "--checkpoint_interval=1")
-    with open(tmp_path / "err", "w") as err:
-        launcher = subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stdout=err, stderr=err)
+    flags = "--resume", "--num_train_iterations=60", "--log_interval=60", "--checkpoint_interval=1"
+    launcher = start_torchrun(log, *STANDALONE, "--max_restarts=1", *FORKED, MAIN, *command(log, *flags))
     wait_until(has_saved(log / NAMES["main"], 4))
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    assert launcher.wait(100) == 0
+    assert wait(launcher) == 0
     assert max(runs.find_checkpoints(log / NAMES["main"])) == 60

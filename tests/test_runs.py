@@ -653,14 +653,18 @@ def test_killed_while_saving(folder, tmp_path):
 # one run at a time
 
 
-def test_second_run_is_refused_with_process_and_host(folder):
+def test_second_run_is_refused_with_process_and_host(folder, tmp_path):
+    def lock():
+        with runs.lock_folder(folder):
+            pass
+
     with runs.lock_folder(folder):
-        done = run_python("with runs.lock_folder(sys.argv[1]): pass", folder)
+        assert exit_code(start_child(lock, tmp_path / "err")) == 2
         with pytest.raises(UserError, match=f"process {os.getpid()} on host"), runs.lock_folder(folder):
             pass
-        assert done.returncode == 2
-        assert f"in use by process {os.getpid()} on host {socket.gethostname()}" in done.stderr
-        assert done.stderr.count("\n") == 1
+        message = (tmp_path / "err").read_text()
+        assert f"in use by process {os.getpid()} on host {socket.gethostname()}" in message
+        assert message.count("\n") == 1
     with runs.lock_folder(folder):
         pass
 

@@ -8,12 +8,11 @@ import os
 import re
 import shlex
 import struct
-import subprocess
-import sys
 import termios
 from pathlib import Path
 
 import pytest
+import running
 
 import compare
 import main
@@ -138,9 +137,9 @@ def test_a_truncated_checkpoint_is_refused(trained):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_grouped(script):
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
-    assert "inner loop:" in done.stdout and "--paper_form" in done.stdout
+def test_help_is_grouped(tmp_path, script):
+    out, _ = run(tmp_path, script, "--help")
+    assert "inner loop:" in out and "--paper_form" in out
 
 
 # -----------------------------------------------------------------------------
@@ -232,16 +231,23 @@ def test_a_log_file_is_a_line_a_validation(tmp_path):
 def test_a_terminal_of_80_columns_is_not_overrun(tmp_path):
     """A real terminal's other end, where the bar is drawn below the lines."""
     ours, theirs = os.openpty()
+    terminal = os.ttyname(theirs)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    words = [sys.executable, ROOT / "main.py", *SAMPLE, *SMALL]
-    process = subprocess.Popen(words, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+
+    def train():
+        os.chdir(tmp_path)
+        os.close(ours)
+        os.close(theirs)
+        run_script(lambda: main.main([*SAMPLE, *SMALL]))
+
+    process = running.fork(train, terminal, terminal)
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # the terminal is gone when the process is
         while data := os.read(ours, 10_000):
             shown += data
     os.close(ours)
-    assert process.wait(60) == 0
+    assert running.wait(process) == 0
     text = shown.decode()
     assert max(map(len, re.split("[\r\n]+", text))) <= 80
     assert len(re.findall(r"iteration +\d .* validation RMSE \d", text)) == 3 and "0/2" in text
