@@ -161,12 +161,6 @@ def naive_norm(x, weight, bias, eps):
     return F.layer_norm(x, x.shape[-1:], eps=eps) * weight + bias
 
 
-def naive_feed_forward(x, wide, wide_bias, narrow, narrow_bias):
-    """`kernels.FeedForward` as its layers, each task's own."""
-    inside = F.gelu(x.flatten(1, -2) @ wide.mT + wide_bias[:, None])
-    return (inside @ narrow.mT + narrow_bias[:, None]).view(x.shape)
-
-
 def naive_attention(q, k, v, hide):
     """`kernels.Attend` step by step: queries, keys and values (..., d, S), `hide` (..., S, S) -> (..., d, S)."""
     weights = (q.transpose(-1, -2) @ k * q.shape[-2] ** -0.5 + hide).softmax(-1)
@@ -190,7 +184,6 @@ NAIVE = {
     kernels.LSTMScan: naive_lstm,
     kernels.Norm: naive_norm,
     kernels.Gelu: F.gelu,
-    kernels.FeedForward: naive_feed_forward,
     kernels.Attend: naive_attention,
     kernels.SplitHeads: naive_heads,
 }

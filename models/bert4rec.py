@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from models.kernels import FeedForward, Gelu
+from models.kernels import Gelu
 from models.layers import Attention, Linear, Norm, hide, history_mask, look_up, query_mask, spread
 
 
@@ -55,7 +55,4 @@ class BERTBlock(nn.Module):
     def forward(self, x, attended):
         """x (..., D) with what its attention gave, of the same shape."""
         x = self.norm1(x + attended)
-        wide, narrow = self.widen, self.narrow
-        if wide.weight.dim() == 2:
-            return self.norm2(x + narrow(Gelu.apply(wide(x))))
-        return self.norm2(x + FeedForward.apply(x, wide.weight, wide.bias, narrow.weight, narrow.bias))
+        return self.norm2(x + self.narrow(Gelu.apply(self.widen(x))))

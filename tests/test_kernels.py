@@ -61,11 +61,6 @@ CASES = list(cases())
 FIRST_ORDER = (kernels.LSTMScan,)
 
 
-@pytest.fixture(autouse=True)
-def a_task_at_a_time(monkeypatch):
-    monkeypatch.setattr(kernels, "IN_CACHE", 1)
-
-
 @pytest.mark.parametrize(("kernel", "given", "arguments"), CASES)
 def test_derivatives_equal_finite_differences(kernel, given, arguments):
     def run(*given):
