@@ -175,8 +175,11 @@ class JointHead(nn.Module):
         nn.init.zeros_(self.to_vector.weight)
 
     def forward(self, state, items, tables):
-        user = torch.cat([self.user_bias[..., None], self.user_vector, self.state_weight], -1)
-        return dot(self.linear(state, items, tables), F.pad(user, (1, 0), value=1.0))
+        effect = look_up(tables["item_effect"], items)[..., 0]
+        factor = look_up(tables["item_factor"], items)
+        vector = spread(self.user_vector, state) + self.to_vector(state)
+        bias = spread(self.user_bias, state[..., 0], 0)
+        return effect + bias + (factor * vector).sum(-1) + dot(state, self.state_weight)
 
     def linear(self, state, items, tables):
         """What the prediction is the inner product of with (1, bias, user vector, state weight): (..., 1 + P)."""
