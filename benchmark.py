@@ -438,6 +438,12 @@ def matmul_rate(bench):
     return 2 * n**3 / medians(bench, lambda: a @ a)[0]
 
 
+def forward_alone(system, parts, second_order):
+    """What `system` does with parts of a meta-batch, but for the gradients of inner steps through the encoder."""
+    with mock.patch.object(torch.autograd, "grad", lambda history, flat, *_, **__: [torch.zeros_like(flat)]):
+        return [system(part, second_order) for part in parts]
+
+
 def bench_parts(bench):
     """Time per part of an outer step, its floating-point operations and their rate."""
     rate, on_gpu = matmul_rate(bench), bench.device.type == "cuda"
@@ -449,17 +455,14 @@ def bench_parts(bench):
             options = settings(form, bench, f"--model={model}", f"--batch_size={bench.tasks}")
             system, tasks = build(options, bench), draw(options, bench, bench.tasks)
             optimizer = RowAdamW(training.parameter_groups(system, options))
-            plain = build(settings(form, bench, f"--model={model}"), bench)
-            plain.options.num_inner_steps = 0
             weights = maml.objective_weights(options, 1).to(bench.device)
             second, parts = options.use_second_order, [part for _, part in dataloader.by_size(tasks, 0, on_gpu)]
-            passes = options.num_inner_steps + 1 if options.adapt == "all" else 1  # of the encoder
             with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
                 backward(system, tasks, weights)
             sample, forward, inner, whole, step = medians(
                 bench,
                 lambda o=options: dataloader.sample_tasks(sequences, users, o, 0),
-                lambda p=plain, t=parts, k=passes: [p(part) for part in t for _ in range(k)],
+                lambda s=system, t=parts, o=second: forward_alone(s, t, o),
                 lambda s=system, t=parts, o=second: [s(part, o) for part in t],
                 lambda s=system, t=tasks, w=weights: backward(s, t, w),
                 optimizer.step,
