@@ -268,15 +268,16 @@ def apart(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def measure_step(bench, form, count, n_items, more):
-    """In a fresh process: (seconds of an outer step with optimizer, MB it added to the process)."""
+def measure_step(bench, form, count, n_items, more, steps=1):
+    """In a fresh process: (mean seconds of so many outer steps with optimizer, MB they added to the process)."""
     set_up(bench)
     options = settings(form, bench, *more)
     before = peak_memory(bench)
-    system, tasks = build(options, bench, n_items), draw(options, bench, count, n_items)
+    system, tasks = build(options, bench, n_items), draw(options, bench, count * steps, n_items)
+    batches = [type(tasks)(*batch) for batch in zip(*(tensor.split(count) for tensor in tasks), strict=True)]
     optimizer = RowAdamW(training.parameter_groups(system, options))
-    seconds = medians(bench, lambda: training.train_step(system, optimizer, tasks, options, 1))[0]
-    return seconds, peak_memory(bench) - before
+    seconds = medians(bench, lambda: [training.train_step(system, optimizer, each, options, 1) for each in batches])[0]
+    return seconds / steps, peak_memory(bench) - before
 
 
 def set_up(bench):
@@ -354,14 +355,15 @@ def bench_catalogue(bench):
 
 
 def bench_tasks(bench):
-    """Time per task and memory as the meta-batch grows, whole and in chunks."""
-    rows = []
+    """Time per task and memory as the meta-batch grows, whole and in chunks; the tasks are the same."""
+    rows, most = [], 16 * bench.tasks
     for form in FORMS:
-        for count in (bench.tasks, 4 * bench.tasks, 16 * bench.tasks):
+        for count in (bench.tasks, 4 * bench.tasks, most):
             for chunk in (0, bench.tasks):
                 if chunk == count:
                     continue
-                seconds, memory = apart(measure_step, bench, form, count, bench.items, (f"--task_chunk={chunk}",))
+                given = form, count, bench.items, (f"--task_chunk={chunk}",), most // count
+                seconds, memory = apart(measure_step, bench, *given)
                 name = f"{form}: {count} tasks" + (f", {chunk} at once" if chunk else "")
                 rows.append(row(f"{name}: time a task", 1e3 * seconds / count, "ms"))
                 rows.append(row(f"{name}: memory", memory, "MB"))

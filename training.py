@@ -99,7 +99,7 @@ class Scored(NamedTuple):
     unadapted: np.ndarray  # the same before the first inner step
 
 
-AT_ONCE = 24_000  # positions that are adapted to together; without a meta-gradient fewer arrays wait in the cache
+AT_ONCE = 27_000  # positions that are adapted to together; without a meta-gradient fewer arrays wait in the cache
 
 
 @torch.no_grad()
