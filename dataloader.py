@@ -216,7 +216,7 @@ def by_size(tasks, chunk=0, on_gpu=False, cache=CACHE):
         widest = int(width[numbers].max())
         row, column = pack(length[numbers], np.full(len(numbers), widest))
         rows = 1 + np.where(length[numbers], row, 0).max(1)
-        (height,), _ = in_blocks(rows[None], np.array([widest]))
+        (height,), _ = block_costs(rows[None], np.array([widest]))
         yield numbers, lay_out(part, length[numbers], row, column, widest, height[-1])
 
 
@@ -230,7 +230,7 @@ def window_lengths(segment):
 def part_lengths(used, width, cache):
     """The numbers of tasks of the parts that cost least together; ratings and width (T,) of each, the widest first.
 
-    A part costs its blocks, see `in_blocks`, and PART for its calls; only one of a single task outgrows `cache`.
+    A part costs its blocks, see `block_costs`, and PART for its calls; only one of a single task outgrows `cache`.
     """
     n = len(used)
     cost, length = np.zeros(n + 1), np.empty(n, np.int64)  # of what follows each task, and of the part it begins
@@ -252,12 +252,12 @@ def part_sizes(used, width, cache):
     """What parts cost that begin at each of the first tasks and have 1, 2, ... tasks, as far as they may fit."""
     most = min(len(used), 1 + cache // width[-1])
     following = sliding_window_view(np.pad(used, (0, most)), most)[: len(width)]
-    _, sizes = in_blocks(-(-following // width[:, None]), width)  # packing seldom takes more rows
+    _, sizes = block_costs(-(-following // width[:, None]), width)  # packing seldom takes more rows
     here = np.arange(1, most + 1) <= len(used) - np.arange(len(width))[:, None]
     return np.where(here, sizes, np.inf)
 
 
-def in_blocks(rows, width):
+def block_costs(rows, width):
     """How high the blocks of the first 1, 2, ... tasks of rows (F, N) and `width` (F,) are best, and what they cost.
 
     Few rows a block leave few of them empty, but copy a task's weights for each block. Costs are in positions.

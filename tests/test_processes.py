@@ -184,6 +184,15 @@ def test_single_precision_differs_by_rounding(tmp_path, loss):
     torch.testing.assert_close(together[0][0], torch.load(tmp_path / "alone")[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("adapt", ["head", "all"])
+def test_same_parts_give_the_same_bits(tmp_path, adapt):
+    options = tiny.options(
+        batch_size=7, task_chunk=4, init_items="random", loss_network="lstm", lstm_lr=0.1, adapt=adapt
+    )
+    train(tmp_path / "alone", options, torch.float32)
+    assert same(train_together(tmp_path, options, 2, torch.float32)[0][0], torch.load(tmp_path / "alone")[0])
+
+
 def test_validation_users_are_shared_out(tmp_path, both):
     divide = lambda rank: setattr(training, "LEAST_SHARE", 7)  # noqa: E731
     assert run_all(tmp_path, *LEARNER, before=divide) == ([0, 0], "")
