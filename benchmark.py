@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -33,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
-from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import baselines
 import dataloader
@@ -440,6 +441,15 @@ def matmul_rate(bench):
     return 2 * n**3 / medians(bench, lambda: a @ a)[0]
 
 
+def product_flops(out, left, right, **_):
+    """Floating-point operations of a product of matrices (..., N, M) and (..., M, K), by their shapes."""
+    return 2 * math.prod(left) * right[-1]
+
+
+# Products that torch's counter does not know.
+IN_PLACE = {torch.ops.aten.baddbmm_: product_flops, torch.ops.aten.addmm_: product_flops}
+
+
 def forward_alone(system, parts, second_order):
     """What `system` does with parts of a meta-batch, but for the gradients of inner steps through the encoder."""
     with mock.patch.object(torch.autograd, "grad", lambda history, flat, *_, **__: [torch.zeros_like(flat)]):
@@ -459,7 +469,7 @@ def bench_parts(bench):
             optimizer = RowAdamW(training.parameter_groups(system, options))
             weights = maml.objective_weights(options, 1).to(bench.device)
             second, parts = options.use_second_order, [part for _, part in dataloader.by_size(tasks, 0, on_gpu)]
-            with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
+            with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counted:
                 backward(system, tasks, weights)
             sample, forward, inner, whole, step = medians(
                 bench,
@@ -474,7 +484,7 @@ def bench_parts(bench):
             parts = {"sampling": sample, "forward": forward, "inner gradients": inner - forward}
             parts |= {"meta backward": whole - inner, "optimizer": step}
             rows += [row(f"{name}: {part}", 100 * seconds / total, "%") for part, seconds in parts.items()]
-            flops = sum(event.flops for event in profiled.key_averages())
+            flops = counted.get_total_flops()
             rows.append(row(f"{name}: operations", flops / 1e9, "GFLOP"))
             rows.append(row(f"{name}: of the matrix product's rate", 100 * flops / whole / rate, "%"))
     return rows
