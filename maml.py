@@ -96,7 +96,7 @@ def look_up(learner, tasks, sparse=False):
 
 def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
     """Adapt to each task: query predictions before the first and after each inner step (T, K + 1, Q), and the support
-    predictions (T, R, S) that each step started from, a list of K.
+    predictions (B, R, S) that each step started from, a list of K.
 
     `tables` are the tasks' item rows. Where the encoder stays as it is (--adapt=head), its states are computed once.
     """
