@@ -105,10 +105,13 @@ def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
 
 def inner_loop(learner, loss_network, rates, tasks, tables, options, second_order):
     """What `adapt` gives, with the adapted parameters {name: (T, ...)} before it."""
-    fast, blocks = start(learner, tables, options), in_blocks(tasks)
+    fast, (blocks, block_tables) = start(learner, tables, options), in_blocks(tasks, tables)
     shapes = {name: value.shape[1:] for name, value in fast.items()}
     flat = torch.cat([value.reshape(len(value), -1) for value in fast.values()], 1)
-    predict, pull, answer = (adapt_head if options.adapt == "head" else adapt_all)(learner, tasks, tables, shapes)
+    if options.adapt == "head":
+        predict, pull, answer = adapt_head(learner, tasks, blocks, block_tables)
+    else:
+        predict, pull, answer = adapt_all(learner, tasks, tables, blocks, block_tables, shapes)
     # A rating in several windows counts once in all.
     times = blocks.times.to(blocks.ratings.dtype)
     share = times / over_task(times, blocks).clamp_min(1)
@@ -126,12 +129,11 @@ def inner_loop(learner, loss_network, rates, tasks, tables, options, second_orde
     return split(flat, shapes), answer([*before, flat]), histories
 
 
-def adapt_all(learner, tasks, tables, shapes):
+def adapt_all(learner, tasks, tables, blocks, block_tables, shapes):
     """What an inner step does with all parameters of a learner, laid end to end for each task (T, P): functions
     `predict` (the parameters and the support predictions (B, R, S)), `pull` (the gradient (T, P) for slopes in these)
     and `answer` (query predictions (T, K + 1, Q) with the parameters before the first step and after each).
     """
-    blocks, block_tables = in_blocks(tasks), {name: of_blocks(table, tasks) for name, table in tables.items()}
     train, memories = torch.is_grad_enabled(), []
 
     def run(flat, tables, method, what, *more):
@@ -165,9 +167,9 @@ def each(function, *nested):
     return None if nested[0] is None else function(*nested)
 
 
-def adapt_head(learner, tasks, tables, shapes):
+def adapt_head(learner, tasks, blocks, block_tables):
     """`adapt_all` for the parameters of the head alone, in which predictions are linear: the encoder is run once."""
-    history, query = learner.linear(in_blocks(tasks), {name: of_blocks(table, tasks) for name, table in tables.items()})
+    history, query = learner.linear(blocks, block_tables)
     history, shape, query = history.flatten(1, 2), tasks.items.shape, query[: len(tasks.table)].mT
     across = history.mT
 
@@ -204,11 +206,10 @@ def start(learner, tables, options):
     return fast
 
 
-def in_blocks(tasks):
-    """The tasks as the learner is to see them, each block as if it were a task; the first T answer the queries."""
-    return tasks._replace(
-        query_items=of_blocks(tasks.query_items, tasks), query_last=of_blocks(tasks.query_last, tasks)
-    )
+def in_blocks(tasks, tables):
+    """Tasks and their item rows as the learner is to see them, each block as if it were a task: the first T answer."""
+    of_query = {name: of_blocks(getattr(tasks, name), tasks) for name in ("query_items", "query_last")}
+    return tasks._replace(**of_query), {name: of_blocks(table, tasks) for name, table in tables.items()}
 
 
 def history_alone(tasks):

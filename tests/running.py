@@ -70,9 +70,15 @@ def start(place, *flags, script="main", before=lambda: None):
     return fork(run_it, place.with_suffix(".out"), place.with_suffix(".err"))
 
 
-def wait(process):
-    """The exit status of a process, negative where a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+def wait(process, limit=None):
+    """The exit status of a process, negative where a signal ended it; it may take `limit` seconds."""
+    until = None if limit is None else time.monotonic() + limit
+    while True:
+        ended, status = os.waitpid(process, 0 if until is None else os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        assert time.monotonic() < until, f"process {process} has not ended after {limit} s"
+        time.sleep(0.02)
 
 
 def run(place, *flags, **more):

@@ -45,11 +45,7 @@ def cases():
     for across in (False, True):
         yield kernels.Affine, affine, lambda x, w, b, across=across: (x, w, b, across)
     yield kernels.Affine, affine[:2], lambda x, w: (x, w, None, False)
-    yield (
-        kernels.SplitHeads,
-        (random(2, 3, 12, 4).transpose(1, 2).detach().requires_grad_(),),
-        lambda x: (x.transpose(1, 2), 2),
-    )
+    yield kernels.SplitHeads, (random(2, 12, 3, 4),), lambda x: (x.transpose(1, 2), 2)
     for length in (4, kernels.VECTOR + 1):  # two ways to take the softmax
         seen = torch.rand(2, length, length, generator=torch.Generator().manual_seed(2)) > 0.3
         hide = (~(seen | torch.eye(length, dtype=torch.bool))).double() * torch.finfo(torch.float64).min

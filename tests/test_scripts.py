@@ -247,7 +247,7 @@ def test_a_terminal_of_80_columns_is_not_overrun(tmp_path):
         while data := os.read(ours, 10_000):
             shown += data
     os.close(ours)
-    assert running.wait(process) == 0
+    assert running.wait(process, 60) == 0
     text = shown.decode()
     assert max(map(len, re.split("[\r\n]+", text))) <= 80
     assert len(re.findall(r"iteration +\d .* validation RMSE \d", text)) == 3 and "0/2" in text
