@@ -279,11 +279,13 @@ def lay_out(tasks, length, row, column, width, height):
     window = tasks.segment[source] - 1
     of_window = (torch.from_numpy(x).to(task.device) for x in (block, row % height, column + length))
     block, row, end = (x[task, window] for x in of_window)
-    shape, place = (len(rows) + int(more.sum()), int(height), width), (block, row, end - tasks.position[source])
+    shape = len(rows) + int(more.sum()), int(height), width
+    place = (block * shape[1] + row) * width + end - tasks.position[source]
+    (source,) = tasks.segment.flatten().nonzero(as_tuple=True)
 
     def lay(values):
         out = values.new_zeros(shape)
-        out[place] = values[source]
+        out.view(-1)[place] = values.flatten()[source]
         return out
 
     task = torch.from_numpy(np.concatenate([np.arange(len(rows)), np.repeat(np.arange(len(rows)), more)]))
