@@ -168,9 +168,9 @@ def naive_attention(q, k, v, hide):
     return (weights @ v.transpose(-1, -2)).transpose(-1, -2)
 
 
-def naive_heads(x, heads):
-    """`kernels.SplitHeads` as views."""
-    return x.unflatten(-2, (3, heads, -1)).unbind(-4)
+def naive_heads(x, bias, heads):
+    """`kernels.SplitHeads` as a sum and views."""
+    return (x + kernels.of_each(bias, x).mT).unflatten(-2, (3, heads, -1)).unbind(-4)
 
 
 def naive_pairs(q, k, v, mask):

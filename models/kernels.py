@@ -109,7 +109,7 @@ class GeluSlope(Function):
 
 
 class Affine(Function):
-    """x W' + b, or across, W x' + b, for x (T, ..., I), W (T, O, I) and b (T, O) or None: (T, ..., O) or (T, O, N).
+    """x W' + b, or across, W x', for x (T, ..., I), W (T, O, I) and b (T, O) or None: (T, ..., O) or (T, O, N).
 
     Autograd's derivatives of a batch of matrix products come out transposed, which all that follows pays for.
     """
@@ -119,25 +119,24 @@ class Affine(Function):
         ctx.save_for_backward(x, weight)
         ctx.has_bias, ctx.across, flat = bias is not None, across_, x.flatten(1, -2)
         if across_:
-            return torch.baddbmm(bias[..., None], weight, across(flat))
-        out = torch.bmm(flat, across(weight)) if bias is None else torch.baddbmm(bias[:, None], flat, across(weight))
-        return out.view(*x.shape[:-1], -1)
+            return torch.bmm(weight, across(flat))
+        return affine(flat, weight, bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, slope):
-        to_x, to_weight, to_bias = AffineSlope.apply(slope, *ctx.saved_tensors, ctx.across)
-        return to_x, to_weight, to_bias if ctx.has_bias else None, None
+        return *AffineSlope.apply(slope, *ctx.saved_tensors, ctx.has_bias, ctx.across), None
 
 
 class AffineSlope(Function):
-    """Derivatives of `Affine` in x, W and b for slope G: G W, G' x and the sum of G."""
+    """Derivatives of `Affine` in x, W and b (None where there is none) for slope G: G W, G' x and the sum of G."""
 
     @staticmethod
-    def forward(ctx, slope, x, weight, across_):
+    def forward(ctx, slope, x, weight, has_bias, across_):
         ctx.across, ctx.shape, x = across_, x.shape, x.flatten(1, -2)
         slope = across(slope) if across_ else slope.flatten(1, -2)
         ctx.save_for_backward(slope, x, weight)
-        return torch.bmm(slope, weight).view(ctx.shape), torch.bmm(across(slope), x), slope.sum(1)
+        to_bias = slope.sum(1) if has_bias else None
+        return torch.bmm(slope, weight).view(ctx.shape), torch.bmm(across(slope), x), to_bias
 
     @staticmethod
     @once_differentiable
@@ -145,11 +144,30 @@ class AffineSlope(Function):
         slope, x, weight = ctx.saved_tensors
         to_x = to_x.flatten(1, -2)
         if ctx.across:
-            to_slope = torch.baddbmm(to_bias[..., None], weight, across(to_x)).baddbmm_(to_weight, across(x))
+            to_slope = torch.bmm(weight, across(to_x)).baddbmm_(to_weight, across(x))
         else:
-            to_slope = torch.baddbmm(to_bias[:, None], to_x, across(weight)).baddbmm_(x, across(to_weight))
-            to_slope = to_slope.view(*ctx.shape[:-1], -1)
-        return to_slope, torch.bmm(slope, to_weight).view(ctx.shape), torch.bmm(across(slope), to_x), None
+            to_slope = affine(to_x, weight, to_bias).baddbmm_(x, across(to_weight)).view(*ctx.shape[:-1], -1)
+        return to_slope, torch.bmm(slope, to_weight).view(ctx.shape), torch.bmm(across(slope), to_x), None, None
+
+
+def affine(x, weight, bias):
+    """x W' + b for x (T, N, I), W (T, O, I) and b (T, O) or None: (T, N, O)"""
+    return torch.bmm(x, across(weight)) if bias is None else torch.baddbmm(bias[:, None], x, across(weight))
+
+
+class Dot(Function):
+    """The inner products (T, ...) of x (T, ..., D) with w (T, D)."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(weight[:, None], across(x.flatten(1, -2))).view(x.shape[:-1])  # rows are faster than columns
+
+    @staticmethod
+    def backward(ctx, slope):
+        x, weight = ctx.saved_tensors
+        to_weight = torch.bmm(slope.flatten(1)[:, None], x.flatten(1, -2))[:, 0]
+        return slope[..., None] * of_each(weight, x), to_weight
 
 
 # -----------------------------------------------------------------------------
@@ -164,10 +182,9 @@ class Attend(Function):
 
     @staticmethod
     def forward(ctx, q, k, v, hide):
-        weights = (across(q) @ k).mul_(q.shape[-2] ** -0.5).add_(hide)
-        weights = softmax(weights)
+        weights = softmax(product(across(q), k, q.shape[-2] ** -0.5).add_(hide))
         ctx.save_for_backward(q, k, v, weights)
-        return v @ across(weights)
+        return product(v, across(weights))
 
     @staticmethod
     def backward(ctx, slope):
@@ -179,59 +196,68 @@ class AttendSlope(Function):
 
     @staticmethod
     def forward(ctx, slope, q, k, v, weights):
-        slope = slope.contiguous()  # else each product below copies it
-        by_weight = across(slope) @ v
-        by_score = softmax_slope(by_weight, weights).mul_(q.shape[-2] ** -0.5)
+        slope, scale = slope.contiguous(), q.shape[-2] ** -0.5  # else each product below copies it
+        by_weight = product(across(slope), v)
+        by_score = softmax_slope(by_weight, weights)  # but for the scale, which costs nothing in a product
         ctx.save_for_backward(slope, q, k, v, weights, by_weight, by_score)
-        return k @ across(by_score), q @ by_score, slope @ weights
+        return product(k, across(by_score), scale), product(q, by_score, scale), product(slope, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, to_q, to_k, to_v):
         slope, q, k, v, weights, by_weight, by_score = ctx.saved_tensors
         scale = q.shape[-2] ** -0.5
-        mixed = add_product(across(to_q) @ k, across(q), to_k).mul_(scale)
+        mixed = add_product(product(across(to_q), k, scale), across(q), to_k, scale)
         pulled = softmax_slope(mixed, weights)
         mean_slope, mean_mixed = ((weights * x).sum(-1, keepdim=True) for x in (by_weight, mixed))
-        in_weight = (across(slope) @ to_v).addcmul_(mixed, by_weight - mean_slope)
+        in_weight = product(across(slope), to_v).addcmul_(mixed, by_weight - mean_slope)
         in_weight.addcmul_(mean_mixed, by_weight, value=-1)
-        in_score = softmax_slope(in_weight, weights).mul_(scale)
+        in_score = softmax_slope(in_weight, weights)
         return (
-            add_product(v @ across(pulled), to_v, across(weights)),
-            add_product(k @ across(in_score), to_k, across(by_score)),
-            add_product(q @ in_score, to_q, by_score),
-            slope @ pulled,
+            add_product(product(v, across(pulled)), to_v, across(weights)),
+            add_product(product(k, across(in_score), scale), to_k, across(by_score), scale),
+            add_product(product(q, in_score, scale), to_q, by_score, scale),
+            product(slope, pulled),
             None,
         )
 
 
 class SplitHeads(Function):
-    """Projections (..., 3 H d, N) as queries, keys and values (..., H, d, N), copied once, and so are their slopes."""
+    """Projections x (..., R, 3 H d, S) plus b (3 H d,), or each task's (T, 3 H d), as queries, keys and values
+    (..., R, H, d, S). They are copied once, and so are their slopes; the copy adds b, which across a product is dear.
+    """
 
     @staticmethod
-    def forward(ctx, x, heads):
-        ctx.layout = x.shape, x.stride()
-        return x.unflatten(-2, (3, heads, -1)).movedim(-4, 0).contiguous().unbind()
+    def forward(ctx, x, bias, heads):
+        ctx.layout = x.shape, x.stride(), bias.dim()
+        out = x.new_empty(3, *x.shape[:-2], heads, x.shape[-2] // (3 * heads), x.shape[-1])
+        torch.add(apart(x, heads), apart(across(of_each(bias, x)), heads), out=out)
+        return out.unbind()
 
     @staticmethod
     def backward(ctx, *slopes):
-        return JoinHeads.apply(*slopes, *ctx.layout), None
+        return *JoinHeads.apply(*slopes, *ctx.layout), None
 
 
 class JoinHeads(Function):
-    """The inverse of `SplitHeads`, for projections of a given shape and strides."""
+    """Derivatives of `SplitHeads` in x, of given shape and strides, and in b, of so many dimensions."""
 
     @staticmethod
-    def forward(ctx, q, k, v, shape, strides):
+    def forward(ctx, q, k, v, shape, strides, bias_dims):
         ctx.heads = q.shape[-3]
         out = q.new_empty_strided(shape, strides)
-        for part, values in zip(out.unflatten(-2, (3, ctx.heads, -1)).unbind(-4), (q, k, v), strict=True):
+        for part, values in zip(apart(out, ctx.heads), (q, k, v), strict=True):
             part.copy_(values)
-        return out
+        return out, out.sum((*range(bias_dims - 1, out.dim() - 2), -1))
 
     @staticmethod
-    def backward(ctx, slope):
-        return *SplitHeads.apply(slope, ctx.heads), None, None
+    def backward(ctx, to_x, to_bias):
+        return *SplitHeads.apply(to_x, to_bias, ctx.heads), None, None, None
+
+
+def apart(x, heads):
+    """Views (3, ..., H, d, S) of queries, keys and values in x (..., 3 H d, S)."""
+    return x.unflatten(-2, (3, heads, -1)).movedim(-4, 0)
 
 
 class PairScores(Function):
@@ -301,9 +327,15 @@ def across(x):
     return x.transpose(-1, -2)
 
 
-def add_product(out, left, right):
-    """`out` with the matrix products of left and right added to it."""
-    out.flatten(0, -3).baddbmm_(left.flatten(0, -3), right.flatten(0, -3))
+def product(left, right, scale=1.0):
+    """The matrix products of left and right, times a number."""
+    out = torch.baddbmm(left.new_empty(()), left.flatten(0, -3), right.flatten(0, -3), beta=0, alpha=scale)
+    return out.view(*left.shape[:-1], -1)
+
+
+def add_product(out, left, right, scale=1.0):
+    """`out` with the matrix products of left and right, times a number, added to it."""
+    out.flatten(0, -3).baddbmm_(left.flatten(0, -3), right.flatten(0, -3), alpha=scale)
     return out
 
 

@@ -43,10 +43,11 @@ def spread(parameter, like, dims=1):
 
 def look_up(table, places):
     """Rows (..., D) of a table (U, D) or of one for each task (T, U, D) at places of the shape (...) or (T, ...)."""
-    if table.dim() == 2:
-        return F.embedding(places, table)
-    first = torch.arange(len(table), device=places.device) * table.shape[1]
-    return F.embedding(places + spread(first, places, 0), table.flatten(0, 1))
+    if table.dim() == 3:
+        first = torch.arange(len(table), device=places.device) * table.shape[1]
+        table, places = table.flatten(0, 1), places + spread(first, places, 0)
+    rows = table.index_select(0, places.flatten())  # its derivative takes a quarter of an embedding's time
+    return rows.view(*places.shape, -1)
 
 
 def of_blocks(values, tasks):
@@ -80,12 +81,9 @@ class Linear(nn.Linear):
         return Affine.apply(x, self.weight, self.bias, False)
 
     def across(self, x):
-        """The same with positions last: x (..., N, I) -> (..., O, N)."""
+        """The same with positions last and without the bias: x (..., N, I) -> (..., O, N)."""
         lead = self.weight.dim() - 2
-        if lead:
-            out = Affine.apply(x, self.weight, self.bias, True)
-        else:
-            out = torch.addmm(self.bias[:, None], self.weight, x.flatten(0, -2).T)
+        out = Affine.apply(x, self.weight, None, True) if lead else self.weight @ x.flatten(0, -2).T
         return out.unflatten(-1, x.shape[lead:-1]).movedim(lead, -2)
 
 
@@ -114,7 +112,7 @@ class Attention(nn.Module):
     def forward(self, x, hidden):
         """Histories x (R, S, D) under the mask `hidden` (R, S, S) -> (the same shape, what `ask` reads of row 0)."""
         q, k, v = self.project(x)  # (R, H, d, S)
-        out = Attend.apply(q, k, v, hidden[..., None, :, :]).movedim(-1, -3).flatten(-2)
+        out = Attend.apply(q, k, v, hidden[..., None, :, :]).movedim(-1, -3).flatten(-2).contiguous()  # once
         return self.project_out(out), (k.select(-4, 0), v.select(-4, 0))
 
     def ask(self, x, past, hidden):
@@ -130,7 +128,7 @@ class Attention(nn.Module):
 
     def project(self, x):
         """Queries, keys and values (..., H, d, N) of x (..., N, D); for why positions come last see `Attend`."""
-        return SplitHeads.apply(self.project_in.across(x), self.heads)
+        return SplitHeads.apply(self.project_in.across(x), self.project_in.bias, self.heads)
 
 
 def without_keys(slope):

@@ -42,10 +42,12 @@ def cases():
     yield kernels.Norm, norm, lambda x, w, b: (x, w, b, 1e-5)
     yield kernels.Gelu, (random(4, SIZE),), lambda x: (x,)
     affine = random(2, 3, 4, SIZE), random(2, 5, SIZE), random(2, 5)
+    yield kernels.Affine, affine, lambda x, w, b: (x, w, b, False)
     for across in (False, True):
-        yield kernels.Affine, affine, lambda x, w, b, across=across: (x, w, b, across)
-    yield kernels.Affine, affine[:2], lambda x, w: (x, w, None, False)
-    yield kernels.SplitHeads, (random(2, 12, 3, 4),), lambda x: (x.transpose(1, 2), 2)
+        yield kernels.Affine, affine[:2], lambda x, w, across=across: (x, w, None, across)
+    yield kernels.Dot, (random(2, 3, 4, SIZE), random(2, SIZE)), lambda x, w: (x, w)
+    for lead in ((), (2,)):
+        yield kernels.SplitHeads, (random(2, 12, 3, 4), random(*lead, 12)), lambda x, b: (x.transpose(1, 2), b, 2)
     for length in (4, kernels.VECTOR + 1):  # two ways to take the softmax
         seen = torch.rand(2, length, length, generator=torch.Generator().manual_seed(2)) > 0.3
         hide = (~(seen | torch.eye(length, dtype=torch.bool))).double() * torch.finfo(torch.float64).min
