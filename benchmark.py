@@ -47,7 +47,7 @@ import runs
 import training
 from models import kernels
 from optimizer import RowAdamW
-from utils import choose_device, random_stream, run_script
+from utils import choose_device, keep_memory, random_stream, run_script
 
 FORMS = {"paper": ["--paper_form=True"], "default": []}
 LEARNERS = ("bert4rec", "sasrec", "narm", "gru4rec")
@@ -282,7 +282,8 @@ def measure_step(bench, form, count, n_items, more, steps=1):
 
 
 def set_up(bench):
-    """Threads of this process."""
+    """Threads of this process, and its memory as the scripts have it."""
+    keep_memory()
     torch.set_num_threads(bench.threads)
 
 
@@ -576,13 +577,18 @@ def measure_steps(bench, form, count, double=False, chunk=0):
     system, sequences = build(options, bench), synthetic()
     system = system.double() if double else system
     optimizer = RowAdamW(training.parameter_groups(system, options))
-    users, times = np.arange(len(sequences.offsets) - 1), []
-    for iteration in range(count):
-        begin, cpu = time.perf_counter(), time.process_time()
-        tasks = dataloader.sample_tasks(sequences, users, options, iteration)
+    users, times, drawn = np.arange(len(sequences.offsets) - 1), [], []
+
+    def draw():
+        tasks = dataloader.sample_tasks(sequences, users, options, len(drawn))
         if double:
             tasks = tasks._replace(ratings=tasks.ratings.double(), query_ratings=tasks.query_ratings.double())
-        training.train_step(system, optimizer, tasks, options, iteration)
+        drawn.append(tasks)
+
+    draw()
+    for iteration in range(count):
+        begin, cpu = time.perf_counter(), time.process_time()
+        training.train_step(system, optimizer, drawn[iteration], options, iteration, draw)
         times.append((time.perf_counter() - begin, time.process_time() - cpu))
     parameters = torch.cat([p.detach().flatten() for p in system.parameters()]).numpy()
     return *map(statistics.median, zip(*times, strict=True)), parameters

@@ -290,20 +290,22 @@ def copy_first(tensors):
                 dist.broadcast(tensor, 0)
 
 
-def sum_gradients(parameters, tables, rows, figures):
+def sum_gradients(parameters, tables, rows, figures, meanwhile):
     """Sum the gradients of `parameters` and `figures` (n,) over all processes, in one all_reduce; the summed figures.
 
     tables: those of the parameters whose gradients are sparse, in some of the `rows` (r,), ascending and the same
-    for all processes; these alone are sent. A gradient that no process has stays None.
+    for all processes; these alone are sent. A gradient that no process has stays None. `meanwhile` is called while the
+    sum is on its way.
     """
-    if place.count == 1:
-        return figures
     sparse = {id(table) for table in tables}
     present = figures.new_tensor([p.grad is not None for p in parameters])
     parts = [figures, present, *(flat_gradient(p, rows if id(p) in sparse else None) for p in parameters)]
     buffer = torch.cat(parts)
     with others():
-        dist.all_reduce(buffer)
+        sending = dist.all_reduce(buffer, async_op=True)
+    meanwhile()
+    with others():
+        sending.wait()
     figures, present, *parts = buffer.split([len(part) for part in parts])
     for p, part, holders in zip(parameters, parts, present.tolist(), strict=True):
         if not holders:

@@ -140,6 +140,7 @@ def evaluate(system, problem, users, shots=None, num_targets=1):
 # training
 
 LEAST_SHARE = 64  # validation users of a process; fewer are not worth dividing
+EPSILON = 1e-6  # of Adam; with torch's 1e-8, gradients that are rounding errors give steps of full size
 
 
 def parameter_groups(system, options):
@@ -164,6 +165,7 @@ def parameter_groups(system, options):
             "lr": rate,
             "initial_lr": rate,
             "weight_decay": options.weight_decay if name == "encoder" else 0.0,
+            "eps": EPSILON,
         }
         for name, rate in rates.items()
         if parameters[name]
@@ -187,12 +189,13 @@ def anneal(options, iteration):
     return min(1.0, (iteration + 1) / options.warmup) * (end + (1 - end) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def train_step(system, optimizer, tasks, options, iteration):
+def train_step(system, optimizer, tasks, options, iteration, meanwhile=lambda: None):
     """One outer step: (mean query loss before adapting, after it, absolute error after it, norm of the meta-gradient).
 
     Each member of the system follows its own loss and gradient; the figures are those of the mean prediction, and the
     largest norm.
-    Of the `tasks` each process takes its share; the step and its figures are those of all of them.
+    Of the `tasks` each process takes its share; the step and its figures are those of all of them. `meanwhile` is called
+    before their sum is waited for, and that of a GPU's work: what it does costs little time then.
     Raises FloatingPointError, with the parameters as they were, where any of them is not finite.
     """
     weights = maml.objective_weights(options, iteration).to(system.scale.device)
@@ -210,7 +213,9 @@ def train_step(system, optimizer, tasks, options, iteration):
         total[-1] += maml.query_losses(mean[:, -1:], part, torch.abs).sum() / len(tasks.table)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if processes.count() > 1:
-        total = sum_over_processes(system, parameters, tasks, total)
+        total = sum_over_processes(system, parameters, tasks, total, meanwhile)
+    else:
+        meanwhile()
     norm = max(clip(member.parameters(), options.clip_norm) for member in system.members)
     figures = torch.stack([total[0], total[-2], total[-1], norm]).tolist()
     if not all(map(math.isfinite, figures)):
@@ -232,12 +237,12 @@ def own_parts(system, tasks):
             yield part
 
 
-def sum_over_processes(system, parameters, tasks, figures):
-    """Make gradients, and `figures` (n,), those of all tasks; the figures."""
+def sum_over_processes(system, parameters, tasks, figures, meanwhile):
+    """Make gradients, and `figures` (n,), those of all tasks; the figures. For `meanwhile` see `train_step`."""
     learners = [member.learner for member in system.members] if system.options.sparse_items else []
     tables = [table for learner in learners for table in learner.tables().values()]
     rows = tasks.table.unique().to(figures.device) if tables else None
-    return processes.sum_gradients(parameters, tables, rows, figures)
+    return processes.sum_gradients(parameters, tables, rows, figures, meanwhile)
 
 
 def divergence(options, iteration, before, after, norm):
@@ -330,6 +335,7 @@ def fit(system, problem, options, folder):
 def iterate(run, stop):
     """Train until the last iteration or a signal; validate and save on the way."""
     log, bar = tracking.open_log(run) if processes.is_first() else None, tracking.progress(run)
+    tasks = draw_tasks(run)
     clock = time.monotonic() - run.loop["seconds"]
     begun, saved = run.loop["iteration"], time.monotonic()
     while True:
@@ -344,7 +350,7 @@ def iterate(run, stop):
             saved = time.monotonic()
         if last or stop.requested:
             break
-        train_iteration(run)
+        tasks = train_iteration(run, tasks)
         bar.update()
     bar.close()
     if last and processes.is_first():
@@ -519,13 +525,19 @@ def set_rates(run, iteration):
         group["lr"] = group["initial_lr"] * factor
 
 
-def train_iteration(run):
-    """Draw the iteration's tasks and take one outer step, or leave it out where it is not finite."""
-    loop, options, iteration = run.loop, run.options, run.loop["iteration"]
+def draw_tasks(run, ahead=0):
+    """The tasks of the iteration that comes next, or of one so far behind it."""
+    problem, iteration = run.problem, run.loop["iteration"] + ahead
+    return dataloader.sample_tasks(problem.sequences, problem.train, run.options, iteration)
+
+
+def train_iteration(run, tasks):
+    """Take one outer step, or leave it out where it is not finite; the tasks of the next one, drawn in between."""
+    loop, options, iteration, drawn = run.loop, run.options, run.loop["iteration"], []
     set_rates(run, iteration)
-    tasks = dataloader.sample_tasks(run.problem.sequences, run.problem.train, options, iteration)
+    draw = lambda: drawn.append(draw_tasks(run, ahead=1))  # noqa: E731
     try:
-        figures = train_step(run.system, run.optimizer, tasks, options, iteration)
+        figures = train_step(run.system, run.optimizer, tasks, options, iteration, draw)
     except FloatingPointError:
         if not options.skip_nonfinite:
             raise
@@ -535,6 +547,7 @@ def train_iteration(run):
         loop["sums"] = [total + figure for total, figure in zip(loop["sums"], figures, strict=True)]
         loop["since"] += 1
     loop["iteration"] += 1
+    return drawn[0]
 
 
 def validate(run, log, bar):

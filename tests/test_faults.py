@@ -212,7 +212,7 @@ def limit_memory(more):
     ],
 )
 def test_out_of_memory_names_what_to_lower(log, flags, remedy):
-    code, errors = run(log, *flags, before=lambda: do_before("train_iteration", 1, lambda: limit_memory(200_000_000)))
+    code, errors = run(log, *flags, before=lambda: do_before("draw_tasks", 1, lambda: limit_memory(200_000_000)))
     assert code == 2 and "error: out of memory: " in errors and remedy in errors
 
 
