@@ -194,8 +194,8 @@ def train_step(system, optimizer, tasks, options, iteration, meanwhile=lambda: N
 
     Each member of the system follows its own loss and gradient; the figures are those of the mean prediction, and the
     largest norm.
-    Of the `tasks` each process takes its share; the step and its figures are those of all of them. `meanwhile` is called
-    before their sum is waited for, and that of a GPU's work: what it does costs little time then.
+    Of the `tasks` each process takes its share; the step and its figures are those of all of them. Before the other
+    processes or a GPU are waited for, `meanwhile` is called: what it does then costs little time.
     Raises FloatingPointError, with the parameters as they were, where any of them is not finite.
     """
     weights = maml.objective_weights(options, iteration).to(system.scale.device)
