@@ -163,14 +163,15 @@ def naive_norm(x, weight, bias, eps):
 
 
 def naive_attention(q, k, v, hide):
-    """`kernels.Attend` step by step: queries, keys and values (..., d, S), `hide` (..., S, S) -> (..., d, S)."""
-    weights = (q.transpose(-1, -2) @ k * q.shape[-2] ** -0.5 + hide).softmax(-1)
-    return (weights @ v.transpose(-1, -2)).transpose(-1, -2)
+    """`kernels.Attend` step by step: queries, keys and values (N, d, S), `hide` (..., S, S) -> (N, d, S)."""
+    scores, hide = q.mT @ k * q.shape[1] ** -0.5, hide.flatten(0, -3)
+    return ((scores + hide.repeat_interleave(len(q) // len(hide), 0)).softmax(-1) @ v.mT).mT
 
 
 def naive_heads(x, bias, heads):
     """`kernels.SplitHeads` as a sum and views."""
-    return (x + kernels.of_each(bias, x).mT).unflatten(-2, (3, heads, -1)).unbind(-4)
+    parts = (x + kernels.of_each(bias, x).mT).unflatten(-2, (3, heads, -1)).unbind(-4)
+    return tuple(part.flatten(0, -3) for part in parts)
 
 
 def naive_pairs(q, k, v, mask):

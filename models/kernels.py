@@ -175,16 +175,18 @@ class Dot(Function):
 
 
 class Attend(Function):
-    """V A' with A = softmax(Q' K / sqrt(d) + hide), for queries, keys and values (..., d, S) and `hide` (..., S, S).
+    """V A' with A = softmax(Q' K / sqrt(d) + hide), for queries, keys and values (N, d, S) of heads and `hide`
+    (..., S, S) of rows, whose heads follow each other.
 
     Positions come last: matrix products of many small matrices are twice as fast with a wide result.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, hide):
-        weights = softmax(product(across(q), k, q.shape[-2] ** -0.5).add_(hide))
+        scores, hide = product(across(q), k, q.shape[1] ** -0.5), hide.flatten(0, -3)[:, None]
+        weights = softmax(scores.view(len(hide), -1, *scores.shape[1:]).add_(hide)).view_as(scores)
         ctx.save_for_backward(q, k, v, weights)
-        return product(v, across(weights))
+        return torch.bmm(v, across(weights))
 
     @staticmethod
     def backward(ctx, slope):
@@ -196,43 +198,44 @@ class AttendSlope(Function):
 
     @staticmethod
     def forward(ctx, slope, q, k, v, weights):
-        slope, scale = slope.contiguous(), q.shape[-2] ** -0.5  # else each product below copies it
-        by_weight = product(across(slope), v)
+        slope, scale = slope.contiguous(), q.shape[1] ** -0.5  # else each product below copies it
+        by_weight = torch.bmm(across(slope), v)
         by_score = softmax_slope(by_weight, weights)  # but for the scale, which costs nothing in a product
         ctx.save_for_backward(slope, q, k, v, weights, by_weight, by_score)
-        return product(k, across(by_score), scale), product(q, by_score, scale), product(slope, weights)
+        return product(k, across(by_score), scale), product(q, by_score, scale), torch.bmm(slope, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, to_q, to_k, to_v):
         slope, q, k, v, weights, by_weight, by_score = ctx.saved_tensors
-        scale = q.shape[-2] ** -0.5
-        mixed = add_product(product(across(to_q), k, scale), across(q), to_k, scale)
+        scale = q.shape[1] ** -0.5
+        mixed = product(across(to_q), k, scale).baddbmm_(across(q), to_k, alpha=scale)
         pulled = softmax_slope(mixed, weights)
         mean_slope, mean_mixed = ((weights * x).sum(-1, keepdim=True) for x in (by_weight, mixed))
-        in_weight = product(across(slope), to_v).addcmul_(mixed, by_weight - mean_slope)
+        in_weight = torch.bmm(across(slope), to_v).addcmul_(mixed, by_weight - mean_slope)
         in_weight.addcmul_(mean_mixed, by_weight, value=-1)
         in_score = softmax_slope(in_weight, weights)
         return (
-            add_product(product(v, across(pulled)), to_v, across(weights)),
-            add_product(product(k, across(in_score), scale), to_k, across(by_score), scale),
-            add_product(product(q, in_score, scale), to_q, by_score, scale),
-            product(slope, pulled),
+            torch.bmm(v, across(pulled)).baddbmm_(to_v, across(weights)),
+            product(k, across(in_score), scale).baddbmm_(to_k, across(by_score), alpha=scale),
+            product(q, in_score, scale).baddbmm_(to_q, by_score, alpha=scale),
+            torch.bmm(slope, pulled),
             None,
         )
 
 
 class SplitHeads(Function):
     """Projections x (..., R, 3 H d, S) plus b (3 H d,), or each task's (T, 3 H d), as queries, keys and values
-    (..., R, H, d, S). They are copied once, and so are their slopes; the copy adds b, which across a product is dear.
+    (N, d, S) with N = ... R H. They are copied once, and so are their slopes; the copy adds b, which across a product
+    is dear.
     """
 
     @staticmethod
     def forward(ctx, x, bias, heads):
-        ctx.layout = x.shape, x.stride(), bias.dim()
-        out = x.new_empty(3, *x.shape[:-2], heads, x.shape[-2] // (3 * heads), x.shape[-1])
-        torch.add(apart(x, heads), apart(across(of_each(bias, x)), heads), out=out)
-        return out.unbind()
+        ctx.layout, parts = (heads, x.shape, x.stride(), bias.dim()), apart(x, heads)
+        out = x.new_empty(parts.shape)
+        torch.add(parts, apart(across(of_each(bias, x)), heads), out=out)
+        return out.flatten(1, -3).unbind()
 
     @staticmethod
     def backward(ctx, *slopes):
@@ -243,16 +246,16 @@ class JoinHeads(Function):
     """Derivatives of `SplitHeads` in x, of given shape and strides, and in b, of so many dimensions."""
 
     @staticmethod
-    def forward(ctx, q, k, v, shape, strides, bias_dims):
-        ctx.heads = q.shape[-3]
+    def forward(ctx, q, k, v, heads, shape, strides, bias_dims):
+        ctx.heads = heads
         out = q.new_empty_strided(shape, strides)
-        for part, values in zip(apart(out, ctx.heads), (q, k, v), strict=True):
-            part.copy_(values)
+        for part, values in zip(apart(out, heads), (q, k, v), strict=True):
+            part.copy_(values.view(part.shape))
         return out, out.sum((*range(bias_dims - 1, out.dim() - 2), -1))
 
     @staticmethod
     def backward(ctx, to_x, to_bias):
-        return *SplitHeads.apply(to_x, to_bias, ctx.heads), None, None, None
+        return *SplitHeads.apply(to_x, to_bias, ctx.heads), None, None, None, None
 
 
 def apart(x, heads):
@@ -327,16 +330,9 @@ def across(x):
     return x.transpose(-1, -2)
 
 
-def product(left, right, scale=1.0):
-    """The matrix products of left and right, times a number."""
-    out = torch.baddbmm(left.new_empty(()), left.flatten(0, -3), right.flatten(0, -3), beta=0, alpha=scale)
-    return out.view(*left.shape[:-1], -1)
-
-
-def add_product(out, left, right, scale=1.0):
-    """`out` with the matrix products of left and right, times a number, added to it."""
-    out.flatten(0, -3).baddbmm_(left.flatten(0, -3), right.flatten(0, -3), alpha=scale)
-    return out
+def product(left, right, scale):
+    """The matrix products of left (N, I, J) and right (N, J, K), times a number."""
+    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 VECTOR = 16  # torch's softmax takes three times as long for rows that are shorter

@@ -111,13 +111,14 @@ class Attention(nn.Module):
 
     def forward(self, x, hidden):
         """Histories x (R, S, D) under the mask `hidden` (R, S, S) -> (the same shape, what `ask` reads of row 0)."""
-        q, k, v = self.project(x)  # (R, H, d, S)
-        out = Attend.apply(q, k, v, hidden[..., None, :, :]).movedim(-1, -3).flatten(-2).contiguous()  # once
-        return self.project_out(out), (k.select(-4, 0), v.select(-4, 0))
+        q, k, v = self.project(x)
+        out = self.by_row(Attend.apply(q, k, v, hidden), x).movedim(-1, -3).flatten(-2)
+        past = tuple(self.by_row(part, x).select(-4, 0) for part in (k, v))
+        return self.project_out(out.contiguous()), past  # copied once, not in each product
 
     def ask(self, x, past, hidden):
         """Queries x (Q, D) on the keys and values `past` (H, d, S) under the mask `hidden` (S,) and on themselves."""
-        (q, own_k, own_v), (k, v) = self.project(x), past  # (H, d, Q)
+        (q, own_k, own_v), (k, v) = (self.by_row(part, x) for part in self.project(x)), past  # (H, d, Q)
         scale = q.shape[-2] ** -0.5
         scores = (k * scale).transpose(-1, -2) @ q
         own = ((q * own_k).sum(-2, keepdim=True) * scale).expand(*scores.shape[:-2], 1, -1)
@@ -127,8 +128,12 @@ class Attention(nn.Module):
         return self.project_out(out.flatten(-3, -2).transpose(-1, -2))
 
     def project(self, x):
-        """Queries, keys and values (..., H, d, N) of x (..., N, D); for why positions come last see `Attend`."""
+        """Queries, keys and values (... H, d, N) of x (..., N, D); for why positions come last see `Attend`."""
         return SplitHeads.apply(self.project_in.across(x), self.project_in.bias, self.heads)
+
+    def by_row(self, part, x):
+        """What `project` or `Attend` gives for x (..., N, D), by row and head: (..., H, d, N)."""
+        return part.view(*x.shape[:-2], self.heads, *part.shape[1:])
 
 
 def without_keys(slope):

@@ -51,7 +51,7 @@ def cases():
     for length in (4, kernels.VECTOR + 1):  # two ways to take the softmax
         seen = torch.rand(2, length, length, generator=torch.Generator().manual_seed(2)) > 0.3
         hide = (~(seen | torch.eye(length, dtype=torch.bool))).double() * torch.finfo(torch.float64).min
-        streams = tuple(random(2, SIZE, length, seed=seed) for seed in range(3))
+        streams = tuple(random(4, SIZE, length, seed=seed) for seed in range(3))  # two heads a row
         yield kernels.Attend, streams, lambda q, k, v, hide=hide: (q, k, v, hide)
 
 
