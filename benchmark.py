@@ -483,7 +483,7 @@ def bench_parts(bench):
             )
             total, name = sample + whole + step, f"{model}, {form}"
             rows.append(row(f"{name}: whole step", 1e3 * total, "ms"))
-            parts = {"sampling": sample, "forward": forward, "inner gradients": inner - forward}
+            parts = {"sampling": sample, "forward": forward, "inner gradients": max(0.0, inner - forward)}
             parts |= {"meta backward": whole - inner, "optimizer": step}
             rows += [row(f"{name}: {part}", 100 * seconds / total, "%") for part, seconds in parts.items()]
             flops = counted.get_total_flops()

@@ -170,25 +170,21 @@ def each(function, *nested):
 def adapt_head(learner, tasks, blocks, block_tables):
     """`adapt_all` for the parameters of the head alone, in which predictions are linear: the encoder is run once."""
     history, query = learner.linear(blocks, block_tables)
-    history, shape, query = history.flatten(1, 2), tasks.items.shape, query[: len(tasks.table)].mT
-    across = history.mT
+    shape, history, query = tasks.items.shape, history.flatten(1, 2), query[: len(tasks.table)].mT
+    at_zero, slopes = history[:, None, :, 0], history[..., 1:]
+    across, query_at_zero, query_slopes = slopes.mT, query[:, :1], query[:, 1:]
 
     def predict(flat):
-        return flat, torch.bmm(of_blocks(with_one(flat), tasks), across).view(shape)
+        return flat, torch.baddbmm(at_zero, of_blocks(flat, tasks)[:, None], across).view(shape)
 
     def pull(flat, predicted, slope, graph):
-        gradient = torch.bmm(slope.view(len(across), 1, -1), history)[:, 0, 1:]
+        gradient = torch.bmm(slope.view(len(across), 1, -1), slopes)[:, 0]
         return of_tasks(gradient if graph else gradient.detach(), tasks)
 
     def answer(flats):
-        return torch.cat([torch.bmm(with_one(flat), query) for flat in flats], 1)
+        return torch.baddbmm(query_at_zero, torch.stack(flats, 1), query_slopes)
 
     return predict, pull, answer
-
-
-def with_one(flat):
-    """Parameters (T, P) behind a one: (T, 1, 1 + P)."""
-    return F.pad(flat, (1, 0), value=1.0)[:, None]
 
 
 def split(flat, shapes):

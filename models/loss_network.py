@@ -134,7 +134,8 @@ class MLPLoss(nn.Module):
     def weights(self, tasks, prediction, step, known=None):
         """Weight of each position (R, S); `known` as in `task_features`."""
         network = self.networks[min(step, len(self.networks) - 1)]
-        log_weight = network(task_features(tasks, prediction, self.options, known))[..., 0]
+        features = task_features(tasks, prediction, self.options, known)
+        log_weight = network(features.flatten(0, -2)).view(features.shape[:-1])
         if self.options.normalize_loss:
             return normalise(log_weight, tasks)
         return log_weight.exp() * tasks.support
