@@ -275,13 +275,12 @@ def lay_out(tasks, length, row, column, width, height):
     first = len(rows) + np.cumsum(more) - more
     block = np.where(row < height, np.arange(len(rows))[:, None], first[:, None] + row // height - 1)
 
-    source = task, _, _ = tasks.segment.nonzero(as_tuple=True)
-    window = tasks.segment[source] - 1
+    (source,) = tasks.segment.flatten().nonzero(as_tuple=True)
+    task, window = source // tasks.segment[0].numel(), tasks.segment.flatten()[source] - 1
     of_window = (torch.from_numpy(x).to(task.device) for x in (block, row % height, column + length))
     block, row, end = (x[task, window] for x in of_window)
     shape = len(rows) + int(more.sum()), int(height), width
-    place = (block * shape[1] + row) * width + end - tasks.position[source]
-    (source,) = tasks.segment.flatten().nonzero(as_tuple=True)
+    place = (block * shape[1] + row) * width + end - tasks.position.flatten()[source]
 
     def lay(values):
         out = values.new_zeros(shape)

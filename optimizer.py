@@ -49,5 +49,6 @@ def clip(parameters, limit):
             gradients.append(p.grad.values() if p.grad.is_sparse else p.grad)
     norm = torch.nn.utils.get_total_norm(gradients)
     factor = (limit / (norm + 1e-6)).clamp_max(1)
-    torch._foreach_mul_(gradients, factor)
+    for gradient in gradients:
+        gradient.mul_(factor)
     return norm

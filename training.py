@@ -534,8 +534,11 @@ def draw_tasks(run, ahead=0):
 def train_iteration(run, tasks):
     """Take one outer step, or leave it out where it is not finite; the tasks of the next one, drawn in between."""
     loop, options, iteration, drawn = run.loop, run.options, run.loop["iteration"], []
+
+    def draw():
+        drawn.append(draw_tasks(run, ahead=1))
+
     set_rates(run, iteration)
-    draw = lambda: drawn.append(draw_tasks(run, ahead=1))  # noqa: E731
     try:
         figures = train_step(run.system, run.optimizer, tasks, options, iteration, draw)
     except FloatingPointError:
