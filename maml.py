@@ -153,9 +153,12 @@ def adapt_all(learner, tasks, tables, blocks, block_tables, shapes):
 
     def answer(flats):
         memories.append(run(flats[-1], tables, "read", history_alone(tasks))[1])
-        memory = each(lambda *parts: torch.cat(parts), *memories)
-        items = tasks.query_items.repeat(len(flats), 1)
-        return run(torch.cat(flats), tables, "answer", items, memory).unflatten(0, (len(flats), -1)).transpose(0, 1)
+        states = list(zip(flats, memories, strict=True))
+        if train:  # of fewer tasks, so that calls cost more than copies
+            states = [(torch.cat(flats), each(lambda *parts: torch.cat(parts), *memories))]
+        items = tasks.query_items.repeat(len(flats) // len(states), 1)
+        found = torch.cat([run(flat, tables, "answer", items, memory) for flat, memory in states])
+        return found.unflatten(0, (len(flats), -1)).transpose(0, 1)
 
     return predict, pull, answer
 
