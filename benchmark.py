@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import baselines
@@ -271,14 +270,21 @@ def apart(function, *arguments):
 
 
 def measure_step(bench, form, count, n_items, more, steps=1):
-    """In a fresh process: (mean seconds of so many outer steps with optimizer, MB they added to the process)."""
+    """In a fresh process: (mean seconds of so many outer steps with optimizer and the mean of the weights, MB that
+    they added to the process)."""
     set_up(bench)
     options = settings(form, bench, *more)
     before = peak_memory(bench)
     system, tasks = build(options, bench, n_items), draw(options, bench, count * steps, n_items)
     batches = [type(tasks)(*batch) for batch in zip(*(tensor.split(count) for tensor in tasks), strict=True)]
-    optimizer = RowAdamW(training.parameter_groups(system, options))
-    seconds = medians(bench, lambda: [training.train_step(system, optimizer, each, options, 1) for each in batches])[0]
+    run = training.new_run(system, None, options, None)
+
+    def take():
+        for each in batches:
+            training.train_step(system, run.optimizer, each, options, 1)
+            training.average(run.means, run.optimizer, 0.1)
+
+    seconds = medians(bench, take)[0]
     return seconds / steps, peak_memory(bench) - before
 
 
@@ -660,13 +666,13 @@ def measure_items(bench, n_items):
     options = settings("default", bench, "--sparse_items=True", f"--model={bench.models[0]}")
     before = resident()
     system, tasks = build(options, bench, n_items), draw(options, bench, options.batch_size, n_items)
-    average, optimizer = AveragedModel(system), RowAdamW(training.parameter_groups(system, options))
-    seconds = medians(bench, lambda: training.train_step(system, optimizer, tasks, options, 1))[0]
-    mean = medians(bench, lambda: average.update_parameters(system))[0]
+    run = training.new_run(system, None, options, None)
+    seconds = medians(bench, lambda: training.train_step(system, run.optimizer, tasks, options, 1))[0]
+    mean = medians(bench, lambda: training.average(run.means, run.optimizer, 0.1))[0]
     held, begin = peak_memory(bench) - before, time.process_time()
-    state = {name: part.state_dict() for name, part in (("system", average.module), ("last", system))}
+    state = {name: part.state_dict() for name, part in (("system", run.average), ("last", system))}
     with tempfile.TemporaryDirectory() as folder:
-        path = runs.save_checkpoint(folder, 1, {**state, "optimizer": optimizer.state_dict()["state"]})
+        path = runs.save_checkpoint(folder, 1, {**state, "optimizer": run.optimizer.state_dict()["state"]})
         size = path.stat().st_size / 1e6
     return {
         "memory of each process": (held, "MB"),

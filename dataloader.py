@@ -233,6 +233,10 @@ def part_lengths(used, width, cache):
     A part costs its blocks, see `block_costs`, and PART for its calls; only one of a single task outgrows `cache`.
     """
     n = len(used)
+    if n:
+        whole = block_costs(-(-used // width[0])[None], width[:1])[1][0, -1]
+        if whole <= cache and whole - (used + WEIGHTS).sum() < PART:  # no parts save the calls of another
+            return [n]
     cost, length = np.zeros(n + 1), np.empty(n, np.int64)  # of what follows each task, and of the part it begins
     for begin in reversed(range(0, n, STRIP)):
         sizes = part_sizes(used[begin:], width[begin : begin + STRIP], cache)

@@ -1,6 +1,7 @@
 """The outer optimizer: AdamW, which with sparse gradients costs nothing for rows that an iteration does not use."""
 
 import torch
+from torch import nn
 
 
 class RowAdamW(torch.optim.AdamW):
@@ -37,6 +38,25 @@ class RowAdamW(torch.optim.AdamW):
         steps = float(state["step"])
         scale = (square / (1 - second**steps)).sqrt_() + group["eps"]
         p[rows] -= group["lr"] / (1 - first**steps) * mean / scale
+
+
+def lay_end_to_end(parameters):
+    """One parameter (n,) with the values and gradients of the given ones, which become views of it.
+
+    What is done with all of them is then one operation. Their gradients are to be zeroed, see `clear`, never replaced.
+    """
+    whole = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+    whole.grad = torch.zeros_like(whole)
+    sizes = [p.numel() for p in parameters]
+    for p, values, gradient in zip(parameters, whole.data.split(sizes), whole.grad.split(sizes), strict=True):
+        p.data, p.grad = values.view_as(p), gradient.view_as(p)
+    return whole
+
+
+def clear(parameters):
+    """Zero the gradients of parameters, in place where they are dense."""
+    for p in parameters:
+        p.grad = None if p.grad is None or p.grad.is_sparse else p.grad.zero_()
 
 
 @torch.no_grad()

@@ -313,8 +313,10 @@ def sum_gradients(parameters, tables, rows, figures, meanwhile):
         if id(p) in sparse:
             values = part.view(len(rows), *p.shape[1:])
             p.grad = torch.sparse_coo_tensor(rows[None], values, p.shape, is_coalesced=True, check_invariants=False)
-        else:
+        elif p.grad is None:
             p.grad = part.view_as(p)
+        else:
+            p.grad.copy_(part.view_as(p))
     return figures
 
 

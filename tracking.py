@@ -123,7 +123,7 @@ def log_learned(run, log):
     iteration = run.loop["iteration"]
     for kind in ("rate", "damping"):
         parts = {}
-        tensors = [getattr(member.rates, f"log_{kind}").items() for member in run.average.module.members]
+        tensors = [getattr(member.rates, f"log_{kind}").items() for member in run.average.members]
         for name, values in itertools.chain(*tensors):
             part = name.split("/")[0] if name.startswith("encoder") else name.split("/")[-1]
             parts.setdefault(part, []).append(values.detach().exp().flatten().cpu().numpy())
@@ -146,7 +146,7 @@ def rating_weights(run, most_users=256):
     tasks = dataloader.last_tasks(run.problem.sequences, users, run.options)
     device = run.system.scale.device
     tasks = dataloader.Tasks(*(tensor.to(device) for tensor in tasks))
-    weights = run.average.module.explain(tasks)[1].movedim(1, -1)[tasks.support].cpu().numpy()
-    values = run.average.module.to_rating(tasks.ratings[tasks.support]).cpu().numpy()
+    weights = run.average.explain(tasks)[1].movedim(1, -1)[tasks.support].cpu().numpy()
+    values = run.average.to_rating(tasks.ratings[tasks.support]).cpu().numpy()
     times = tasks.times[tasks.support].cpu().numpy()
     return weights.repeat(times, 0), metrics.nearest_level(values, run.problem.ratings.levels).repeat(times)

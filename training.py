@@ -5,6 +5,7 @@ checkpoint sees what it would have seen.
 """
 
 import contextlib
+import copy
 import math
 import sys
 import time
@@ -13,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dataloader
 import datasets
@@ -24,7 +24,7 @@ import processes
 import runs
 import tracking
 from models.learner import TABLES
-from optimizer import RowAdamW, clip
+from optimizer import RowAdamW, clear, clip, lay_end_to_end
 from utils import UserError
 
 
@@ -144,7 +144,8 @@ EPSILON = 1e-6  # of Adam; with torch's 1e-8, gradients that are rounding errors
 
 
 def parameter_groups(system, options):
-    """Parameters by the learning rate they have, each group with its name."""
+    """Parameters of each member by the learning rate they have; but for item tables each group's are one, see
+    `lay_end_to_end`."""
     rates = {
         "encoder": options.outer_lr,
         "embedding": options.embedding_lr,
@@ -153,23 +154,24 @@ def parameter_groups(system, options):
         "loss": options.lstm_lr if options.loss_network == "lstm" else options.loss_lr,
         "task_info": options.task_info_lr,
     }
-    parameters = {name: [] for name in rates}
-    for member in system.members:
-        for name, parameter in member.named_parameters():
-            if parameter.requires_grad:
-                parameters[group_name(name)].append(parameter)
-    return [
-        {
-            "name": name,
-            "params": parameters[name],
-            "lr": rate,
-            "initial_lr": rate,
-            "weight_decay": options.weight_decay if name == "encoder" else 0.0,
-            "eps": EPSILON,
-        }
-        for name, rate in rates.items()
-        if parameters[name]
-    ]
+    groups = []
+    for number, member in enumerate(system.members):
+        of_member = [(group_name(name), p) for name, p in member.named_parameters() if p.requires_grad]
+        for name, rate in rates.items():
+            own = [p for group, p in of_member if group == name]
+            if own:
+                groups.append(
+                    {
+                        "name": name,
+                        "member": number,
+                        "params": own if name in ("embedding", "items") else [lay_end_to_end(own)],
+                        "lr": rate,
+                        "initial_lr": rate,
+                        "weight_decay": options.weight_decay if name == "encoder" else 0.0,
+                        "eps": EPSILON,
+                    }
+                )
+    return groups
 
 
 def group_name(parameter):
@@ -199,7 +201,8 @@ def train_step(system, optimizer, tasks, options, iteration, meanwhile=lambda: N
     Raises FloatingPointError, with the parameters as they were, where any of them is not finite.
     """
     weights = maml.objective_weights(options, iteration).to(system.scale.device)
-    optimizer.zero_grad(set_to_none=True)
+    parameters = parameters_of(optimizer.param_groups)
+    clear(parameters)
     total = torch.zeros(options.num_inner_steps + 2, device=system.scale.device)  # losses, and the absolute error
     for part in own_parts(system, tasks):
         predictions = []
@@ -211,17 +214,29 @@ def train_step(system, optimizer, tasks, options, iteration, meanwhile=lambda: N
         mean = torch.stack(predictions).mean(0)
         total[:-1] += maml.query_losses(mean, part).sum(0) / len(tasks.table)
         total[-1] += maml.query_losses(mean[:, -1:], part, torch.abs).sum() / len(tasks.table)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if processes.count() > 1:
         total = sum_over_processes(system, parameters, tasks, total, meanwhile)
     else:
         meanwhile()
-    norm = max(clip(member.parameters(), options.clip_norm) for member in system.members)
+    norm = max(clip(own, options.clip_norm) for own in of_members(optimizer.param_groups))
     figures = torch.stack([total[0], total[-2], total[-1], norm]).tolist()
     if not all(map(math.isfinite, figures)):
         raise FloatingPointError(divergence(options, iteration, figures[0], figures[1], figures[3]))
     optimizer.step()
     return figures
+
+
+def parameters_of(groups):
+    """All parameters of the groups of `parameter_groups`."""
+    return [p for group in groups for p in group["params"]]
+
+
+def of_members(groups):
+    """The parameters of each member, from the groups of `parameter_groups`."""
+    members = {}
+    for group in groups:
+        members.setdefault(group["member"], []).extend(group["params"])
+    return members.values()
 
 
 def own_parts(system, tasks):
@@ -288,12 +303,22 @@ class Run(NamedTuple):
     """What the loop works on: constant through a run, but for what `loop` holds."""
 
     system: maml.Ensemble  # what is trained
-    average: AveragedModel  # running mean of its weights: what is validated and tested
+    average: maml.Ensemble  # with the running mean of its weights: what is validated and tested
     problem: Problem
     options: object
     folder: Path
     optimizer: torch.optim.Optimizer
+    means: list  # the running means of the parameters that the optimizer moves
     loop: dict  # all that changes beside parameters and optimizer; goes into checkpoints
+
+
+def new_run(system, problem, options, folder):
+    """A run of a fresh system, before its first iteration."""
+    optimizer, average = RowAdamW(parameter_groups(system, options)), copy.deepcopy(system)
+    for member, copied in zip(system.members, average.members, strict=True):
+        copied.learner.share_shifts(member.learner)
+    means = parameters_of(parameter_groups(average, options))
+    return Run(system, average, problem, options, folder, optimizer, means, new_loop())
 
 
 def fit(system, problem, options, folder):
@@ -302,11 +327,7 @@ def fit(system, problem, options, folder):
     That is 0, 130 or 143 after a signal, 3 where loss or gradient are not finite. Checkpoints hold all that going on
     needs: parameters, optimizer, loop state, id maps, options.
     """
-    optimizer = RowAdamW(parameter_groups(system, options))
-    average = AveragedModel(system, multi_avg_fn=get_ema_multi_avg_fn(options.average))
-    for member, copied in zip(system.members, average.module.members, strict=True):
-        copied.learner.share_shifts(member.learner)
-    run = Run(system, average, problem, options, folder, optimizer, new_loop())
+    run = new_run(system, problem, options, folder)
     processes.connect(system.scale.device)
     check_alike(run)
     lock = runs.lock_folder(folder) if processes.is_first() else contextlib.nullcontext()
@@ -428,7 +449,7 @@ def copy_first(run):
     moments = run.optimizer.state_dict()["state"]
     loop, numbers = processes.from_first([run.loop, sorted(moments)])
     run.loop.update(loop)
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(run.optimizer.param_groups)
     for number in numbers:
         if number not in moments:
             state = run.optimizer.state[parameters[number]]
@@ -449,9 +470,8 @@ def restore(run, state):
             f"the loop state of the checkpoint in {run.folder} is damaged: train again in another --log_dir"
         )
     load_parameters(run.system, state["last"], run.folder)
-    load_parameters(run.average.module, state["system"], run.folder)
+    load_parameters(run.average, state["system"], run.folder)
     load_moments(run.optimizer, state["optimizer"], run.folder)
-    run.average.n_averaged.fill_(loop["iteration"] - loop["skipped"])
     run.loop.update(loop)
     set_rates(run, loop["iteration"] - 1)
 
@@ -467,7 +487,7 @@ def is_sound(loop, fresh, step):
 
 def load_moments(optimizer, state, source):
     """Load what AdamW knows of its parameters, {number: moments}; UserError where it does not fit them."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer.param_groups)
     shapes = {
         number: {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
         for number, p in enumerate(parameters)
@@ -503,7 +523,7 @@ def save(run, best=False):
     if not processes.is_first():
         return
     state = {
-        "system": run.average.module.state_dict(),
+        "system": run.average.state_dict(),
         "last": run.system.state_dict(),
         "optimizer": run.optimizer.state_dict()["state"],
         "loop": run.loop,
@@ -546,11 +566,19 @@ def train_iteration(run, tasks):
             raise
         loop["skipped"] += 1
     else:
-        run.average.update_parameters(run.system)
+        begun = iteration > loop["skipped"]
+        average(run.means, run.optimizer, 1 - options.average if begun else 1)
         loop["sums"] = [total + figure for total, figure in zip(loop["sums"], figures, strict=True)]
         loop["since"] += 1
     loop["iteration"] += 1
     return drawn[0]
+
+
+@torch.no_grad()
+def average(means, optimizer, share):
+    """Move the means of an optimizer's parameters towards them, by a share of the way."""
+    for mean, p in zip(means, parameters_of(optimizer.param_groups), strict=True):
+        mean.lerp_(p, share)
 
 
 def validate(run, log, bar):
@@ -578,7 +606,7 @@ def score_validation(run):
     users = run.problem.validation[: run.options.val_size]
     shared = processes.count() > 1 and len(users) >= LEAST_SHARE * processes.count()
     first, end = processes.share(len(users)) if shared else (0, len(users))
-    scored = evaluate(run.average.module, run.problem, users[first:end], num_targets=run.options.val_targets)
+    scored = evaluate(run.average, run.problem, users[first:end], num_targets=run.options.val_targets)
     if not shared:
         return scored
     return Scored(*(np.concatenate(column) for column in zip(*processes.from_all(tuple(scored)), strict=True)))

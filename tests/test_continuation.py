@@ -219,13 +219,11 @@ def resume(every, place):
     opts = option_module.parse("", command(log, "--resume"))
     problem = training.load_problem(opts)
     system = training.build_system(problem, opts)
-    average = torch.optim.swa_utils.AveragedModel(system)
-    optimizer = training.RowAdamW(training.parameter_groups(system, opts))
     folder = copy_until(every, log, 0)
 
     def go_on(state):
         runs.save_checkpoint(folder, ITERATIONS, {**state, "step": ITERATIONS}, keep=1)
-        training.start(training.Run(system, average, problem, opts, folder, optimizer, training.new_loop()))
+        training.start(training.new_run(system, problem, opts, folder))
 
     return go_on
 

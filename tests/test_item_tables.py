@@ -5,11 +5,11 @@ import pytest
 import tiny
 import torch
 from test_factor_analysis import simulate
-from torch.optim.swa_utils import AveragedModel
 
 import dataloader
 import item_tables
 import maml
+import training
 from dataloader import Sequences
 from models.learner import Learner
 
@@ -101,14 +101,19 @@ def test_training_tasks_alone_meet_shifted_tables():
     assert not seen.part.any()
 
 
-def test_the_running_mean_shares_the_shifts():
+def test_the_running_mean_is_of_the_parameters_and_shares_the_shifts():
     options = tiny.options(cross_fit=2, model="narm")
     system = maml.Ensemble(40, options, tiny.SCALE)
     learner = system.members[0].learner
     learner.shift_items({name: torch.ones(3, 40, table.shape[1]) for name, table in learner.tables().items()})
-    average = AveragedModel(system)
-    average.module.members[0].learner.share_shifts(learner)
-    average.update_parameters(system)
+    run = training.new_run(system, None, options, None)
+    with torch.no_grad():
+        for p in system.parameters():
+            p.copy_(torch.where(torch.tensor(p.requires_grad), p + 1, p))
+    start = {name: p.clone() for name, p in run.average.named_parameters()}
+    training.average(run.means, run.optimizer, 0.25)
+    for (name, mean), p in zip(run.average.named_parameters(), system.parameters(), strict=True):
+        torch.testing.assert_close(mean, start[name] + 0.25 * p.requires_grad)
     for name in learner.table_names():
-        mine, its = (getattr(one, f"{name}_shift") for one in (learner, average.module.members[0].learner))
+        mine, its = (getattr(one, f"{name}_shift") for one in (learner, run.average.members[0].learner))
         assert mine.data_ptr() == its.data_ptr() and (mine[:, 1:] == 1).all()

@@ -46,6 +46,24 @@ def test_dense_gradients_go_to_torch():
 
 
 @pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_parameters_laid_end_to_end_move_as_if_each_were_alone(limit):
+    def trained(laid):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
+        parameters = list(model.parameters())
+        parameters = [optimizer.lay_end_to_end(parameters)] if laid else parameters
+        chosen = (optimizer.RowAdamW if laid else torch.optim.AdamW)(parameters, lr=0.1, weight_decay=0.3)
+        for _ in range(5):
+            optimizer.clear(parameters)
+            model(torch.randn(6, 3).double()).square().sum().backward()
+            norm = (optimizer.clip if laid else torch.nn.utils.clip_grad_norm_)(parameters, limit)
+            chosen.step()
+        return norm, model.state_dict()
+
+    torch.testing.assert_close(trained(True), trained(False))
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6])
 def test_clipping_equals_torchs(limit):
     tables = [torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64)) for _ in range(2)]
     found = []
