@@ -32,12 +32,13 @@ class RowAdamW(torch.optim.AdamW):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         state["step"] += 1
         rows, values = gradient.indices()[0], gradient.values()
-        mean = state["exp_avg"][rows].lerp_(values, 1 - first)
-        square = state["exp_avg_sq"][rows].lerp_(values.square(), 1 - second)
-        state["exp_avg"][rows], state["exp_avg_sq"][rows] = mean, square
+        mean = state["exp_avg"].index_select(0, rows).lerp_(values, 1 - first)
+        square = state["exp_avg_sq"].index_select(0, rows).lerp_(values.square(), 1 - second)
+        state["exp_avg"].index_copy_(0, rows, mean)
+        state["exp_avg_sq"].index_copy_(0, rows, square)
         steps = float(state["step"])
         scale = (square / (1 - second**steps)).sqrt_() + group["eps"]
-        p[rows] -= group["lr"] / (1 - first**steps) * mean / scale
+        p.index_add_(0, rows, mean / scale, alpha=-group["lr"] / (1 - first**steps))
 
 
 def lay_end_to_end(parameters):
