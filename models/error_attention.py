@@ -26,18 +26,18 @@ class ErrorAttention(nn.Module):
         self.rest = nn.Parameter(torch.zeros(heads))
         self.gain = nn.Parameter(torch.full((heads,), 0.1))
 
-    def forward(self, tasks, tables):
-        """(weights of the errors in each position's row (R, S, S), what `ask` needs of row 0)."""
-        x, position = features(tasks.items, tables), tasks.position
+    def forward(self, tasks, rows):
+        """From the items' rows: (weights of the errors in each position's row (R, S, S), what `ask` needs of row 0)."""
+        x, position = features(rows), tasks.position
         place = torch.arange(position.shape[-1], device=position.device)
         apart = (place - place[:, None]).expand(*(1,) * (position.dim() - 1), -1, -1)  # within a window
         earlier = history_mask(tasks, causal=True).tril(-1).transpose(-1, -2)
         first, all_of_it = position.select(-2, 0)[..., None], query_mask(tasks)[..., None]
         return self.weigh(x, *self.read(x, apart, earlier)), self.read(x.select(-3, 0), first, all_of_it)
 
-    def ask(self, items, past, tables):
-        """Weights (Q, S) of the errors in row 0 for query items (Q,)."""
-        return self.weigh(features(items, tables), *past)
+    def ask(self, rows, past):
+        """Weights (Q, S) of the errors in row 0 for queries, from their items' rows."""
+        return self.weigh(features(rows), *past)
 
     def read(self, past, ages, mask):
         """past (M, F), ages and mask (M, N or 1) -> (past of each head (H, M, F), what is added (H, M, N or 1))"""
@@ -55,9 +55,9 @@ class ErrorAttention(nn.Module):
         return (shares * spread(self.gain[..., None, None], shares, 3)).sum(-3).transpose(-1, -2)
 
 
-def features(items, tables):
-    """What likeness compares, embeddings and factors of items (...): (..., F)"""
-    return torch.cat([look_up(tables[name], items) for name in ("item_embedding", "item_factor")], -1)
+def features(rows):
+    """What likeness compares, embeddings and factors of items with rows {name: (..., width)}: (..., F)"""
+    return torch.cat([rows["item_embedding"], rows["item_factor"]], -1)
 
 
 def errors(predictions, tasks):

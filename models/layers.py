@@ -43,11 +43,18 @@ def spread(parameter, like, dims=1):
 
 def look_up(table, places):
     """Rows (..., D) of a table (U, D) or of one for each task (T, U, D) at places of the shape (...) or (T, ...)."""
-    if table.dim() == 3:
-        first = torch.arange(len(table), device=places.device) * table.shape[1]
-        table, places = table.flatten(0, 1), places + spread(first, places, 0)
-    rows = table.index_select(0, places.flatten())  # its derivative takes a quarter of an embedding's time
-    return rows.view(*places.shape, -1)
+    return look_up_all({"": table}, places)[""]
+
+
+def look_up_all(tables, places):
+    """`look_up` in tables {name: (U, D) or (T, U, D)} that have the same rows: {name: (..., D)}."""
+    first = next(iter(tables.values()))
+    if first.dim() == 3:
+        start = torch.arange(len(first), device=places.device) * first.shape[1]
+        places = places + spread(start, places, 0)
+    shape, places = places.shape, places.flatten()
+    # The derivative of index_select takes a quarter of an embedding's time.
+    return {name: table.flatten(0, -2).index_select(0, places).view(*shape, -1) for name, table in tables.items()}
 
 
 def of_blocks(values, tasks):

@@ -8,7 +8,7 @@ from models.bert4rec import BERT4Rec
 from models.error_attention import ErrorAttention, add_errors, errors
 from models.gru4rec import GRU4Rec
 from models.kernels import Dot
-from models.layers import Linear, last_state, look_up, spread
+from models.layers import Linear, last_state, look_up_all, spread
 from models.narm import NARM
 from models.sasrec import SASRec
 
@@ -84,8 +84,9 @@ class Learner(nn.Module):
 
     def read(self, tasks, tables):
         """Predictions (R, S) for a task's positions, and what `answer` needs of them: tensors in tuples, and None."""
-        states, weights, memory = self.read_states(tasks, tables)
-        history = self.head(states, tasks.items, tables)
+        rows = look_up_all(tables, tasks.items)
+        states, weights, memory = self.read_states(tasks, rows)
+        history = self.head(states, rows)
         if weights is None:
             return history, (memory, None)
         error = errors(history, tasks)
@@ -94,37 +95,39 @@ class Learner(nn.Module):
     def answer(self, items, memory, tables):
         """Predictions (Q,) for query items (Q,)."""
         memory, error = memory
-        states, weights = self.ask_states(items, memory, tables)
-        query = self.head(states, items, tables)
+        rows = look_up_all(tables, items)
+        states, weights = self.ask_states(rows, memory)
+        query = self.head(states, rows)
         return query if weights is None else add_errors(query, weights, error)
 
     def linear(self, tasks, tables):
         """Predictions as inner products with (1, what the head adapts, laid end to end): (R, S, 1 + P), (Q, 1 + P)."""
-        states, weights, memory = self.read_states(tasks, tables)
-        asked, of_query = self.ask_states(tasks.query_items, memory, tables)
-        history = self.head.linear(states, tasks.items, tables)
-        query = self.head.linear(asked, tasks.query_items, tables)
+        rows, of_items = look_up_all(tables, tasks.items), look_up_all(tables, tasks.query_items)
+        states, weights, memory = self.read_states(tasks, rows)
+        asked, of_query = self.ask_states(of_items, memory)
+        history, query = self.head.linear(states, rows), self.head.linear(asked, of_items)
         if weights is None:
             return history, query
         ratings = F.pad(tasks.ratings[..., None], (0, history.shape[-1] - 1))
         error = (ratings - history) * tasks.known[..., None]
         return history + weights @ error, query + of_query @ error.select(-3, 0)
 
-    def read_states(self, tasks, tables):
-        """Of histories: states (R, S, D), weights of earlier errors (R, S, S) or None, and what `ask_states` needs."""
-        history, rated = look_up(tables["item_embedding"], tasks.items), None
+    def read_states(self, tasks, rows):
+        """Of histories, from their items' rows: states (R, S, D), weights of earlier errors (R, S, S) or None, and what
+        `ask_states` needs."""
+        history, rated = rows["item_embedding"], None
         if self.read_rating is not None:
             history, rated = self.read_rating(history, tasks, self.encoder.causal)
         states, past = self.encoder.read(history, tasks)
-        weights, errors = (None, None) if self.errors is None else self.errors(tasks, tables)
+        weights, errors = (None, None) if self.errors is None else self.errors(tasks, rows)
         return states, weights, (rated, past, errors)
 
-    def ask_states(self, items, memory, tables):
-        """Of query items (Q,): states (Q, D), weights of the errors in row 0 (Q, S) or None."""
+    def ask_states(self, rows, memory):
+        """Of queries, from their items' rows: states (Q, D), weights of the errors in row 0 (Q, S) or None."""
         rated, past, errors = memory
-        query = look_up(tables["item_embedding"], items)
+        query = rows["item_embedding"]
         states = self.encoder.ask(query if rated is None else query + rated, past)
-        return states, None if errors is None else self.errors.ask(items, errors, tables)
+        return states, None if errors is None else self.errors.ask(rows, errors)
 
 
 def hidden_size(options):
@@ -175,16 +178,16 @@ class JointHead(nn.Module):
         self.to_vector = Linear(hidden, factors, bias=False)
         nn.init.zeros_(self.to_vector.weight)
 
-    def forward(self, state, items, tables):
-        effect = look_up(tables["item_effect"], items)[..., 0]
-        factor = look_up(tables["item_factor"], items)
+    def forward(self, state, rows):
+        """Predictions (...) from states (..., D) and the items' rows {name: (..., width)}."""
         vector = spread(self.user_vector, state) + self.to_vector(state)
         bias = spread(self.user_bias, state[..., 0], 0)
+        effect, factor = rows["item_effect"][..., 0], rows["item_factor"]
         return effect + bias + (factor * vector).sum(-1) + dot(state, self.state_weight)
 
-    def linear(self, state, items, tables):
+    def linear(self, state, rows):
         """What the prediction is the inner product of with (1, bias, user vector, state weight): (..., 1 + P)."""
-        effect, factor = (look_up(tables[name], items) for name in ("item_effect", "item_factor"))
+        effect, factor = rows["item_effect"], rows["item_factor"]
         effect = effect + (factor * self.to_vector(state)).sum(-1, keepdim=True)
         return torch.cat([effect, torch.ones_like(effect), factor.expand(*effect.shape[:-1], -1), state], -1)
 
@@ -199,10 +202,10 @@ class PlainHead(nn.Module):
         self.weight = nn.Parameter(0.1 * torch.randn(hidden) * hidden**-0.5)
         self.bias = nn.Parameter(torch.zeros(()))
 
-    def forward(self, state, items, tables):
+    def forward(self, state, rows):
         return dot(state, self.weight) + spread(self.bias, state[..., 0], 0)
 
-    def linear(self, state, items, tables):
+    def linear(self, state, rows):
         """What the prediction is the inner product of with (1, weight, bias): (..., 1 + P)."""
         one = torch.ones_like(state[..., :1])
         return torch.cat([torch.zeros_like(one), state, one], -1)

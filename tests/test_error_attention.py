@@ -8,6 +8,7 @@ import torch
 from torch.func import functional_call
 
 from models.error_attention import ErrorAttention, add_errors, errors
+from models.layers import look_up_all
 from models.learner import Learner
 
 WIDTH = 8
@@ -47,8 +48,8 @@ class Both(torch.nn.Module):
         self.attention = attention
 
     def forward(self, tasks, tables):
-        of_row, past = self.attention(tasks, tables)
-        return of_row, self.attention.ask(tasks.query_items, past, tables)
+        of_row, past = self.attention(tasks, look_up_all(tables, tasks.items))
+        return of_row, self.attention.ask(look_up_all(tables, tasks.query_items), past)
 
 
 def test_weights_equal_a_loop_over_pairs():

@@ -173,10 +173,11 @@ def test_narm_equals_a_loop_over_positions():
 def test_joint_head_is_the_sum_of_its_terms():
     learner, _ = build("sasrec", head="joint")
     head, state, items = learner.head, torch.randn(4, 8, dtype=torch.float64), torch.tensor([1, 5, 5, 9])
-    rows = {name: learner.get_parameter(name) for name in learner.table_names()}
-    for prediction, h, item in zip(head(state, items, rows), state, items, strict=True):
+    rows = {name: table[items] for name, table in learner.tables().items()}
+    of_each = zip(head(state, rows), state, rows["item_effect"][:, 0], rows["item_factor"], strict=True)
+    for prediction, h, effect, factor in of_each:
         vector = head.user_vector + head.to_vector.weight @ h
-        expected = rows["item_effect"][item, 0] + head.user_bias + rows["item_factor"][item] @ vector
+        expected = effect + head.user_bias + factor @ vector
         torch.testing.assert_close(prediction, expected + head.state_weight @ h)
 
 
