@@ -40,19 +40,31 @@ def user_statistics(tasks):
     return mean, std, (tasks.query_last + 1).to(mean.dtype)[..., None, None]
 
 
-def normalise(log_weight, tasks):
-    """exp(log_weight) scaled to mean 1 over the support positions, each as often as it counts; 0 elsewhere."""
-    log_weight = log_weight.masked_fill(~tasks.support, -torch.inf)
-    weight = (log_weight - largest(log_weight.detach(), tasks)).exp()
-    return weight * over_task(tasks.times, tasks) / over_task(weight * tasks.times, tasks).clamp_min(1e-12)
+def counting(tasks):
+    """What `normalise` needs of how often positions count, (R, S) each: its logarithm, and the number of all that count
+    over it. The lowest number and 0 where a position does not count."""
+    times = tasks.times.to(tasks.ratings.dtype)
+    worth = over_task(times, tasks) / times.clamp_min(1) * tasks.support
+    return times.log().clamp_min(torch.finfo(times.dtype).min), worth
 
 
-def largest(values, tasks):
-    """The largest of a task's values (B, R, S), at least the lowest number, for each of its blocks: (B, 1, 1)."""
-    top = values.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(values.dtype).min)
+def normalise(log_weight, tasks, counted):
+    """exp(log_weight) scaled to mean 1 over the support positions, each as often as it counts; 0 elsewhere.
+
+    `counted` is what `counting` gives.
+    """
+    log_times, worth = counted
+    return softmax(log_weight + log_times, tasks) * worth
+
+
+def softmax(values, tasks):
+    """Softmax of values (B, R, S) over all positions of a task."""
     if has_one_block(tasks):
-        return top
-    return of_blocks(top[: len(tasks.table)].scatter_reduce(0, tasks.task[:, None, None], top, "amax"), tasks)
+        return values.flatten(-2).softmax(-1).view_as(values)
+    top = values.detach().amax((-2, -1), keepdim=True)
+    top = top[: len(tasks.table)].scatter_reduce(0, tasks.task[:, None, None], top, "amax")
+    sizes = (values - of_blocks(top, tasks)).exp()
+    return sizes / over_task(sizes, tasks)
 
 
 def task_features(tasks, prediction, options, known=None):
@@ -107,7 +119,7 @@ class LSTMLoss(nn.Module):
         for cell, start in zip(self.cells, self.start, strict=True):
             states = LSTMScan.apply(states, continues(tasks), cell.weight, cell.bias, start)
         log_weight = self.output(states)[..., 0]
-        return normalise(log_weight, tasks) if self.normalised else log_weight.exp() * tasks.support
+        return normalise(log_weight, tasks, counting(tasks)) if self.normalised else log_weight.exp() * tasks.support
 
     def prepare(self, tasks):
         return self.weights(tasks)
@@ -129,15 +141,16 @@ class MLPLoss(nn.Module):
             network[-1].bias.requires_grad_(not options.normalize_loss)  # normalising takes it out again
 
     def prepare(self, tasks):
-        return known_features(tasks, self.options)
+        return known_features(tasks, self.options), counting(tasks)
 
-    def weights(self, tasks, prediction, step, known=None):
-        """Weight of each position (R, S); `known` as in `task_features`."""
+    def weights(self, tasks, prediction, step, prepared=None):
+        """Weight of each position (R, S); `prepared` is what `prepare` gives, where that has been called before."""
+        known, counted = self.prepare(tasks) if prepared is None else prepared
         network = self.networks[min(step, len(self.networks) - 1)]
         features = task_features(tasks, prediction, self.options, known)
         log_weight = network(features.flatten(0, -2)).view(features.shape[:-1])
         if self.options.normalize_loss:
-            return normalise(log_weight, tasks)
+            return normalise(log_weight, tasks, counted)
         return log_weight.exp() * tasks.support
 
     def forward(self, prepared, step, prediction, tasks):
