@@ -558,13 +558,14 @@ def train_to(goal, problem, options, bench):
 # several processes
 
 
-def together(count, function, *arguments):
-    """What a function gives in each of `count` fresh processes that are connected, in their order."""
+def together(count, function, *arguments, connected=True):
+    """What a function gives in each of `count` fresh processes at the same time, in their order."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-        done = [pool.submit(as_process, rank, count, port, function, *arguments) for rank in range(count)]
+        places = [(rank, count) if connected else (0, 1) for rank in range(count)]
+        done = [pool.submit(as_process, *place, port, function, *arguments) for place in places]
         return [each.result() for each in done]
 
 
@@ -605,17 +606,18 @@ def bench_processes(bench):
     """Outer steps of one process and of two, on the CPU with --threads each, sampling included."""
     bench, rows = argparse.Namespace(**{**vars(bench), "device": torch.device("cpu")}), []
     for form in FORMS:
-        runs_of = {count: [] for count in (1, 2)}
+        runs_of = {(1, True): [], (2, True): [], (2, False): []}
         for _ in range(bench.reps):
-            for count, found in runs_of.items():
-                found.append(together(count, measure_steps, bench, form, bench.steps))
-        one, two = (statistics.median(rep[0][0] for rep in found) for found in runs_of.values())
+            for (count, connected), found in runs_of.items():
+                found.append(together(count, measure_steps, bench, form, bench.steps, connected=connected))
+        one, two, alone = (statistics.median(rep[0][0] for rep in found) for found in runs_of.values())
         work = [statistics.median(max(each[1] for each in rep) for rep in found) for found in runs_of.values()]
         batch = settings(form, bench).batch_size
         rows.append(row(f"{form}: one process", batch / one, "tasks/s"))
         rows.append(row(f"{form}: two processes", batch / two, "tasks/s"))
         rows.append(row(f"{form}: two over one", one / two, "x", at_least=1.6))
         rows.append(row(f"{form}: the same, by processor time", work[0] / work[1], "x"))
+        rows.append(row(f"{form}: two with batches of their own, over one", 2 * one / alone, "x"))
         precisions = {"double": (True, 0), "single": (False, 0), "single, --task_chunk": (False, batch // 2)}
         for name, (double, chunk) in precisions.items():
             first, second = (together(count, measure_steps, bench, form, 20, double, chunk)[0][2] for count in (1, 2))

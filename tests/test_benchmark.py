@@ -52,7 +52,7 @@ def test_spread_tasks_hold_the_same_windows_one_a_row():
 
 def test_all_sections_print_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "apart", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(benchmark, "together", lambda count, function, *arguments: [function(*arguments)] * count)
+    monkeypatch.setattr(benchmark, "together", lambda count, function, *given, **_: [function(*given)] * count)
     small = [
         "--users=8",
         "--tasks=4",
