@@ -496,7 +496,10 @@ def load_moments(optimizer, state, source):
         values = moments if isinstance(moments, dict) else {}
         found = {name: tuple(value.shape) for name, value in values.items() if isinstance(value, torch.Tensor)}
         if found != shapes.get(number) or any(value.dtype != torch.float32 for value in values.values()):
-            raise UserError(f"the optimizer state of the checkpoint in {source} is damaged: use another --log_dir")
+            raise UserError(
+                f"the optimizer state of the checkpoint in {source} is damaged or of another version: "
+                "use another --log_dir"
+            )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

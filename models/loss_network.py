@@ -141,7 +141,7 @@ class MLPLoss(nn.Module):
             network[-1].bias.requires_grad_(not options.normalize_loss)  # normalising takes it out again
 
     def prepare(self, tasks):
-        return known_features(tasks, self.options), counting(tasks)
+        return known_features(tasks, self.options), counting(tasks) if self.options.normalize_loss else None
 
     def weights(self, tasks, prediction, step, prepared=None):
         """Weight of each position (R, S); `prepared` is what `prepare` gives, where that has been called before."""
