@@ -282,7 +282,7 @@ def measure_step(bench, form, count, n_items, more, steps=1):
     def take():
         for each in batches:
             training.train_step(system, run.optimizer, each, options, 1)
-            training.average(run.means, run.optimizer, 0.1)
+            training.update_means(run.means, run.optimizer, 0.1)
 
     seconds = medians(bench, take)[0]
     return seconds / steps, peak_memory(bench) - before
@@ -670,7 +670,7 @@ def measure_items(bench, n_items):
     system, tasks = build(options, bench, n_items), draw(options, bench, options.batch_size, n_items)
     run = training.new_run(system, None, options, None)
     seconds = medians(bench, lambda: training.train_step(system, run.optimizer, tasks, options, 1))[0]
-    mean = medians(bench, lambda: training.average(run.means, run.optimizer, 0.1))[0]
+    mean = medians(bench, lambda: training.update_means(run.means, run.optimizer, 0.1))[0]
     held, begin = peak_memory(bench) - before, time.process_time()
     state = {name: part.state_dict() for name, part in (("system", run.average), ("last", system))}
     with tempfile.TemporaryDirectory() as folder:

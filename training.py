@@ -144,8 +144,16 @@ EPSILON = 1e-6  # of Adam; with torch's 1e-8, gradients that are rounding errors
 
 
 def parameter_groups(system, options):
-    """Parameters of each member by the learning rate they have; but for item tables each group's are one, see
-    `lay_end_to_end`."""
+    """The groups of parameters, see `member_groups`, of all members, each with the number of its member."""
+    members = enumerate(system.members)
+    return [{**group, "member": number} for number, member in members for group in member_groups(member, options)]
+
+
+def member_groups(member, options):
+    """Parameters by the learning rate they have, each group with its name.
+
+    But for item tables, whose gradients may be sparse, those of a group are one; see `lay_end_to_end`.
+    """
     rates = {
         "encoder": options.outer_lr,
         "embedding": options.embedding_lr,
@@ -154,28 +162,26 @@ def parameter_groups(system, options):
         "loss": options.lstm_lr if options.loss_network == "lstm" else options.loss_lr,
         "task_info": options.task_info_lr,
     }
-    groups = []
-    for number, member in enumerate(system.members):
-        of_member = [(group_name(name), p) for name, p in member.named_parameters() if p.requires_grad]
-        for name, rate in rates.items():
-            own = [p for group, p in of_member if group == name]
-            if own:
-                groups.append(
-                    {
-                        "name": name,
-                        "member": number,
-                        "params": own if name in ("embedding", "items") else [lay_end_to_end(own)],
-                        "lr": rate,
-                        "initial_lr": rate,
-                        "weight_decay": options.weight_decay if name == "encoder" else 0.0,
-                        "eps": EPSILON,
-                    }
-                )
-    return groups
+    parameters = {name: [] for name in rates}
+    for name, parameter in member.named_parameters():
+        if parameter.requires_grad:
+            parameters[group_name(name)].append(parameter)
+    return [
+        {
+            "name": name,
+            "params": parameters[name] if name in ("embedding", "items") else [lay_end_to_end(parameters[name])],
+            "lr": rate,
+            "initial_lr": rate,
+            "weight_decay": options.weight_decay if name == "encoder" else 0.0,
+            "eps": EPSILON,
+        }
+        for name, rate in rates.items()
+        if parameters[name]
+    ]
 
 
 def group_name(parameter):
-    """The group of `parameter_groups` that a meta-learner's parameter belongs to, by its name."""
+    """The group of `member_groups` that a meta-learner's parameter belongs to, by its name."""
     part, rest = parameter.split(".", 1)
     if part == "loss_network":
         return "task_info" if rest.startswith("shift.") else "loss"
@@ -570,7 +576,7 @@ def train_iteration(run, tasks):
         loop["skipped"] += 1
     else:
         begun = iteration > loop["skipped"]
-        average(run.means, run.optimizer, 1 - options.average if begun else 1)
+        update_means(run.means, run.optimizer, 1 - options.average if begun else 1)
         loop["sums"] = [total + figure for total, figure in zip(loop["sums"], figures, strict=True)]
         loop["since"] += 1
     loop["iteration"] += 1
@@ -578,7 +584,7 @@ def train_iteration(run, tasks):
 
 
 @torch.no_grad()
-def average(means, optimizer, share):
+def update_means(means, optimizer, share):
     """Move the means of an optimizer's parameters towards them, by a share of the way."""
     for mean, p in zip(means, parameters_of(optimizer.param_groups), strict=True):
         mean.lerp_(p, share)

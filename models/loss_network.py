@@ -54,10 +54,10 @@ def normalise(log_weight, tasks, counted):
     `counted` is what `counting` gives.
     """
     log_times, worth = counted
-    return softmax(log_weight + log_times, tasks) * worth
+    return softmax_over_task(log_weight + log_times, tasks) * worth
 
 
-def softmax(values, tasks):
+def softmax_over_task(values, tasks):
     """Softmax of values (B, R, S) over all positions of a task."""
     if has_one_block(tasks):
         return values.flatten(-2).softmax(-1).view_as(values)

@@ -109,9 +109,9 @@ def test_the_running_mean_is_of_the_parameters_and_shares_the_shifts():
     run = training.new_run(system, None, options, None)
     with torch.no_grad():
         for p in system.parameters():
-            p.copy_(torch.where(torch.tensor(p.requires_grad), p + 1, p))
+            p.add_(float(p.requires_grad))
     start = {name: p.clone() for name, p in run.average.named_parameters()}
-    training.average(run.means, run.optimizer, 0.25)
+    training.update_means(run.means, run.optimizer, 0.25)
     for (name, mean), p in zip(run.average.named_parameters(), system.parameters(), strict=True):
         torch.testing.assert_close(mean, start[name] + 0.25 * p.requires_grad)
     for name in learner.table_names():
