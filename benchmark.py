@@ -578,10 +578,12 @@ def as_process(rank, count, port, function, *arguments):
     return function(*arguments)
 
 
-def measure_steps(bench, form, count, double=False, chunk=0):
-    """Take `count` outer steps on the CPU: (median wall and processor seconds of one, all parameters (n,))."""
+def measure_steps(bench, form, count, batch, double=False, chunk=0):
+    """Take `count` outer steps of `batch` tasks on the CPU: (median wall and processor seconds of one, all
+    parameters (n,))."""
     set_up(bench)
-    options = settings(form, bench, f"--model={bench.models[0]}", f"--task_chunk={chunk}")
+    more = f"--model={bench.models[0]}", f"--batch_size={batch}", f"--task_chunk={chunk}"
+    options = settings(form, bench, *more)
     system, sequences = build(options, bench), synthetic()
     system = system.double() if double else system
     optimizer = RowAdamW(training.parameter_groups(system, options))
@@ -606,24 +608,31 @@ def bench_processes(bench):
     """Outer steps of one process and of two, on the CPU with --threads each, sampling included."""
     bench, rows = argparse.Namespace(**{**vars(bench), "device": torch.device("cpu")}), []
     for form in FORMS:
-        runs_of = {(1, True): [], (2, True): [], (2, False): []}
-        for _ in range(bench.reps):
-            for (count, connected), found in runs_of.items():
-                found.append(together(count, measure_steps, bench, form, bench.steps, connected=connected))
-        one, two, alone = (statistics.median(rep[0][0] for rep in found) for found in runs_of.values())
-        work = [statistics.median(max(each[1] for each in rep) for rep in found) for found in runs_of.values()]
         batch = settings(form, bench).batch_size
-        rows.append(row(f"{form}: one process", batch / one, "tasks/s"))
-        rows.append(row(f"{form}: two processes", batch / two, "tasks/s"))
-        rows.append(row(f"{form}: two over one", one / two, "x", at_least=1.6))
-        rows.append(row(f"{form}: the same, by processor time", work[0] / work[1], "x"))
-        rows.append(row(f"{form}: two with batches of their own, over one", 2 * one / alone, "x"))
+        rows += speed_of_processes(bench, form, batch) + speed_of_processes(bench, form, 4 * batch)
         precisions = {"double": (True, 0), "single": (False, 0), "single, --task_chunk": (False, batch // 2)}
-        for name, (double, chunk) in precisions.items():
-            first, second = (together(count, measure_steps, bench, form, 20, double, chunk)[0][2] for count in (1, 2))
-            difference = float(abs(first - second).max())
-            rows.append(row(f"{form}: parameters differ by, {name}", difference, "", at_most=1e-6))
+        for name, how in precisions.items():
+            one, two = (together(count, measure_steps, bench, form, 20, batch, *how)[0][2] for count in (1, 2))
+            rows.append(row(f"{form}: parameters differ by, {name}", float(abs(one - two).max()), "", at_most=1e-6))
     return rows
+
+
+def speed_of_processes(bench, form, batch):
+    """Figures of one process, of two that share a meta-batch of so many tasks, and of two with one each."""
+    runs_of = {(1, True): [], (2, True): [], (2, False): []}
+    for _ in range(bench.reps):
+        for (count, connected), found in runs_of.items():
+            found.append(together(count, measure_steps, bench, form, bench.steps, batch, connected=connected))
+    one, two, alone = (statistics.median(rep[0][0] for rep in found) for found in runs_of.values())
+    work = [statistics.median(max(each[1] for each in rep) for rep in found) for found in runs_of.values()]
+    what = f"{form}, {batch} tasks"
+    return [
+        row(f"{what}: one process", batch / one, "tasks/s"),
+        row(f"{what}: two processes", batch / two, "tasks/s"),
+        row(f"{what}: two over one", one / two, "x", at_least=1.6),
+        row(f"{what}: the same, by processor time", work[0] / work[1], "x"),
+        row(f"{what}: two with batches of their own, over one", 2 * one / alone, "x"),
+    ]
 
 
 # -----------------------------------------------------------------------------

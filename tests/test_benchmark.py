@@ -84,9 +84,9 @@ def test_sections_are_chosen_and_printed_as_a_table():
 
 
 def test_two_processes_have_the_parameters_of_one():
-    bench = benchmark.parse(["--device=cpu", "--models", "gru4rec", "--batch_size=5", *TINY])
-    alone = benchmark.measure_steps(bench, "default", 20, True)[2]
-    both = benchmark.together(2, benchmark.measure_steps, bench, "default", 20, True)
+    bench = benchmark.parse(["--device=cpu", "--models", "gru4rec", *TINY])
+    alone = benchmark.measure_steps(bench, "default", 20, 5, True)[2]
+    both = benchmark.together(2, benchmark.measure_steps, bench, "default", 20, 5, True)
     assert len(both) == 2 and (both[0][2] == both[1][2]).all()
     assert abs(both[0][2] - alone).max() < 1e-6
 
