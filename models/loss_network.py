@@ -67,13 +67,12 @@ def softmax_over_task(values, tasks):
     return sizes / over_task(sizes, tasks)
 
 
-def task_features(tasks, prediction, options, known=None):
+def task_features(known, prediction, tasks, options):
     """What is known of each position, (R, S, F): see FEATURES; those switched off by --task_info_* are 0.
 
-    `known` is what `known_features` gives, where that has been called before.
+    `known` is what `known_features` gives.
     """
     of_prediction = {"loss": (prediction - tasks.ratings).square(), "predictions": prediction}
-    known = known_features(tasks, options) if known is None else known
     return torch.cat([stack(of_prediction, tasks, options), known], -1)
 
 
@@ -111,7 +110,7 @@ class LSTMLoss(nn.Module):
         self.normalised = options.normalize_loss
         self.output.bias.requires_grad_(not self.normalised)  # normalising takes it out again
 
-    def weights(self, tasks, prediction=None, step=None):
+    def prepare(self, tasks):
         """Weight of each position (R, S)."""
         # Bumps along the data's own scale take ratings of any scale, half stars included, without a table of values.
         width = self.centres[1] - self.centres[0]
@@ -120,9 +119,6 @@ class LSTMLoss(nn.Module):
             states = LSTMScan.apply(states, continues(tasks), cell.weight, cell.bias, start)
         log_weight = self.output(states)[..., 0]
         return normalise(log_weight, tasks, counting(tasks)) if self.normalised else log_weight.exp() * tasks.support
-
-    def prepare(self, tasks):
-        return self.weights(tasks)
 
     def forward(self, prepared, step, prediction, tasks):
         return prepared * (prediction - tasks.ratings)
@@ -143,18 +139,18 @@ class MLPLoss(nn.Module):
     def prepare(self, tasks):
         return known_features(tasks, self.options), counting(tasks) if self.options.normalize_loss else None
 
-    def weights(self, tasks, prediction, step, prepared=None):
-        """Weight of each position (R, S); `prepared` is what `prepare` gives, where that has been called before."""
-        known, counted = self.prepare(tasks) if prepared is None else prepared
+    def weights(self, prepared, step, prediction, tasks):
+        """Weight of each position (R, S); `prepared` is what `prepare` gives."""
+        known, counted = prepared
         network = self.networks[min(step, len(self.networks) - 1)]
-        features = task_features(tasks, prediction, self.options, known)
+        features = task_features(known, prediction, tasks, self.options)
         log_weight = network(features.flatten(0, -2)).view(features.shape[:-1])
         if self.options.normalize_loss:
             return normalise(log_weight, tasks, counted)
         return log_weight.exp() * tasks.support
 
     def forward(self, prepared, step, prediction, tasks):
-        return self.weights(tasks, prediction, step, prepared) * (prediction - tasks.ratings)
+        return self.weights(prepared, step, prediction, tasks) * (prediction - tasks.ratings)
 
 
 def mlp(inputs, hidden, layers):
@@ -192,12 +188,12 @@ class MetaLoss(nn.Module):
         return known_features(tasks, self.options)
 
     def forward(self, prepared, step, prediction, tasks):
-        return grad(lambda predicted: self.losses(step, predicted, tasks, prepared).sum())(prediction) / 2
+        return grad(lambda predicted: self.losses(prepared, step, predicted, tasks).sum())(prediction) / 2
 
-    def losses(self, step, prediction, tasks, known=None):
-        """Loss of each position (R, S); `known` as in `task_features`."""
+    def losses(self, prepared, step, prediction, tasks):
+        """Loss of each position (R, S); `prepared` is what `prepare` gives."""
         step = min(step, len(self.phi) - 1)
-        features = task_features(tasks, prediction, self.options, known)
+        features = task_features(prepared, prediction, tasks, self.options)
         counted = tasks.times[..., None].to(features.dtype)
         total, number = (over_task(values, tasks, (-3, -2)) for values in (features * counted, counted))
         state = (total / number.clamp_min(1))[..., 0, 0, :]

@@ -31,6 +31,12 @@ def weights(network, task, predictions, step=0):
     return maml.position_weights(network, step, predictions, task)
 
 
+def own_weights(network, task, predictions, step=0):
+    """Weight of each position as an LSTM or an MLP gives it, of those that do not count too."""
+    prepared = network.prepare(task)
+    return network.weights(prepared, step, predictions, task) if hasattr(network, "weights") else prepared
+
+
 @pytest.mark.parametrize("kind", ["lstm", "mlp", "metal"])
 def test_a_fresh_network_is_the_squared_error(kind):
     network, _ = build(kind, fresh=True)
@@ -44,7 +50,7 @@ def test_normalised_weights_have_mean_one_and_are_not_negative(kind):
     network, _ = build(kind, normalize_loss=True)
     task, predictions = support()
     for step in range(2):
-        found = network.weights(task, predictions, step)
+        found = own_weights(network, task, predictions, step)
         assert (found >= 0).all() and not found[~task.support].any()
         assert found[task.support].std() > 0.01
         torch.testing.assert_close(found.sum() / task.support.sum(), torch.tensor(1.0, dtype=torch.float64))
@@ -54,7 +60,7 @@ def test_normalised_weights_have_mean_one_and_are_not_negative(kind):
 def test_without_normalisation_weights_keep_their_size(kind):
     (free, _), (normal, _) = build(kind), build(kind, normalize_loss=True)
     task, predictions = support()
-    found, normalised = free.weights(task, predictions, 0), normal.weights(task, predictions, 0)
+    found, normalised = (own_weights(network, task, predictions) for network in (free, normal))
     mean = found.sum() / task.support.sum()
     assert abs(mean - 1) > 1e-3
     torch.testing.assert_close(found / mean, normalised)
@@ -76,7 +82,7 @@ def test_hidden_positions_alone_count_for_a_cloze(kind):
     network, _ = build(kind, normalize_loss=True)
     task, predictions = support()
     hidden = task.support & (torch.arange(6) % 2 == 0)
-    found = network.weights(task._replace(support=hidden, times=hidden.long()), predictions, 0)
+    found = own_weights(network, task._replace(support=hidden, times=hidden.long()), predictions)
     assert not found[~hidden].any()
     torch.testing.assert_close(found.sum(), hidden.sum().double())
 
@@ -84,9 +90,9 @@ def test_hidden_positions_alone_count_for_a_cloze(kind):
 def test_lstm_weights_do_not_depend_on_layout_or_prediction():
     network, _ = build("lstm")
     packed, alone = tiny.lay_out([[5], [3, 2], [4, 1]], width=6), tiny.lay_out([[5], [4], [3], [2], [1]], width=9)
-    found = [tiny.windows(network.weights(task), task) for task in (packed, alone)]
+    found = [tiny.windows(network.prepare(task), task) for task in (packed, alone)]
     torch.testing.assert_close(*found)
-    torch.testing.assert_close(network.weights(packed, packed.ratings + 1, 1), network.weights(packed))
+    torch.testing.assert_close(weights(network, packed, packed.ratings + 1, 1), network.prepare(packed))
 
 
 def rescaled(ratings_of_five, low, high, step):
@@ -117,7 +123,7 @@ def test_lstm_tells_half_stars_apart():
     network, _ = build("lstm")
     task = tiny.lay_out([[1] * 8])
     task = task._replace(ratings=torch.linspace(-2, 1, 8, dtype=torch.float64)[None])
-    found = network.weights(task)[0]
+    found = network.prepare(task)[0]
     assert found.sort().values.diff().min() > 1e-4
 
 
@@ -126,22 +132,22 @@ def test_meta_loss_without_gates_is_not_shifted():
     task, predictions = support()
     with torch.no_grad():
         network.gates.zero_()
-    losses = network.losses(0, predictions, task)
-    features = loss_network.task_features(task, predictions, network.options)
+    losses = network.losses(network.prepare(task), 0, predictions, task)
+    features = loss_network.task_features(network.prepare(task), predictions, task, network.options)
     first, bias, second, last = network.phi[0].split(network.sizes)
     hidden = torch.tanh(features @ first.view(-1, network.hidden) + bias)
     learned = F.softplus(hidden @ second + last) - np.log(2)
     torch.testing.assert_close(losses, ((predictions - task.ratings).square() + learned) * task.support)
     with torch.no_grad():
         network.gates += 0.5
-    assert (network.losses(0, predictions, task) - losses).abs().max() > 1e-3
+    assert (network.losses(network.prepare(task), 0, predictions, task) - losses).abs().max() > 1e-3
 
 
 def test_meta_loss_gates_and_correction_start_at_zero():
     network, _ = build("metal", fresh=True)
     assert not network.gates.any()
     task, predictions = support()
-    losses = network.losses(1, predictions, task)
+    losses = network.losses(network.prepare(task), 1, predictions, task)
     torch.testing.assert_close(losses, (predictions - task.ratings).square() * task.support)
 
 
@@ -166,8 +172,11 @@ def test_user_statistics_are_those_of_the_support():
 @pytest.mark.parametrize("name", ["loss", "predictions", "labels", "rating_mean", "rating_std", "num_samples"])
 def test_features_can_be_switched_off(name):
     task, predictions = support()
-    features = loss_network.task_features(task, predictions, tiny.options(**{f"task_info_{name}": False}))
-    whole = loss_network.task_features(task, predictions, tiny.options())
+    every, fewer = tiny.options(), tiny.options(**{f"task_info_{name}": False})
+    features, whole = (
+        loss_network.task_features(loss_network.known_features(task, options), predictions, task, options)
+        for options in (fewer, every)
+    )
     place = loss_network.FEATURES.index(name)
     assert not features[..., place].any() and whole[..., place].any()
     others = [i for i in range(len(loss_network.FEATURES)) if i != place]

@@ -77,10 +77,12 @@ def loss_slopes(network, step, history, task):
     """Half the slope of each support position's loss in its prediction; weights count as constants in it."""
     if network is None:
         return history - task.ratings
+    prepared = network.prepare(task)
     if isinstance(network, loss_network.MetaLoss):
-        losses = network.losses(step, history, task).sum()
+        losses = network.losses(prepared, step, history, task).sum()
         return torch.autograd.grad(losses, history, create_graph=True)[0] / 2
-    return network.weights(task, history, step) * (history - task.ratings)
+    weights = network.weights(prepared, step, history, task) if hasattr(network, "weights") else prepared
+    return weights * (history - task.ratings)
 
 
 def gradients(losses, system):
