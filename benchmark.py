@@ -99,10 +99,10 @@ def draw(options, bench, count, n_items=2500, stream=0, shared=True):
 def spread(tasks, width):
     """The same tasks with one window a row of `width` positions, and catalogue numbers in place of table places."""
     length = dataloader.window_lengths(tasks.segment.cpu().numpy())
-    row = np.broadcast_to(np.arange(length.shape[1]), length.shape).copy()
-    laid = dataloader.lay_out(tasks, length, row, np.zeros_like(row), width, length.shape[1])
-    numbers = laid.table.gather(1, laid.items.flatten(1)).view_as(laid.items)
-    return laid._replace(items=numbers, query_items=tasks.table.gather(1, tasks.query_items))
+    numbers, row = np.arange(len(length)), np.broadcast_to(np.arange(length.shape[1]), length.shape).copy()
+    laid = dataloader.lay_out(tasks, numbers, length, row, np.zeros_like(row), width, length.shape[1])
+    items = laid.table.gather(1, laid.items.flatten(1)).view_as(laid.items)
+    return laid._replace(items=items, query_items=tasks.table.gather(1, tasks.query_items))
 
 
 def naive_losses(system, task):
@@ -158,7 +158,7 @@ def naive_lstm(inputs, goes_on, weight, bias, start):
 
 def naive_norm(x, weight, bias, eps):
     """`kernels.Norm` as torch's layer norm without weights, and these."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * weight + bias
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * kernels.of_each(weight, x) + kernels.of_each(bias, x)
 
 
 def naive_attention(q, k, v, hide):

@@ -197,27 +197,27 @@ WEIGHTS = 15  # positions whose arithmetic costs as much as copying a task's wei
 ON_GPU = 256  # tasks at once on a GPU, where calling operations is what costs
 
 
-def by_size(tasks, chunk=0, on_gpu=False, cache=CACHE):
-    """Split a meta-batch into parts of like size, packed anew: (numbers of its tasks, `Tasks`) for each part.
+def by_size(tasks, chunk=0, on_gpu=False, cache=CACHE, among=None):
+    """Split a meta-batch, or its tasks of the numbers `among`, into parts of like size, packed anew: (numbers of its
+    tasks, `Tasks`) for each part.
 
     A part holds `chunk` tasks; with chunk 0 parts are as large as is cheapest, see `part_lengths`, for which `cache` is
     the most that one costs, and large on a GPU.
     """
     length = window_lengths(tasks.segment.cpu().numpy())
     used, width = length.sum(1), length.max(1).clip(1)
-    order = np.lexsort((-used, -width))
+    among = np.arange(len(length)) if among is None else among
+    order = among[np.lexsort((-used[among], -width[among]))]
     if chunk or on_gpu:
         ends = np.arange(0, len(order), chunk or ON_GPU)[1:]
     else:
         ends = np.cumsum(part_lengths(used[order], width[order], cache))[:-1]
     for numbers in np.split(order, ends) if len(order) else ():
-        at = torch.from_numpy(numbers)
-        part = cut(Tasks(*(tensor[at] for tensor in tasks)))
         widest = int(width[numbers].max())
         row, column = pack(length[numbers], np.full(len(numbers), widest))
         rows = 1 + np.where(length[numbers], row, 0).max(1)
         (height,), _ = block_costs(rows[None], np.array([widest]))
-        yield numbers, lay_out(part, length[numbers], row, column, widest, height[-1])
+        yield numbers, cut(lay_out(tasks, numbers, length[numbers], row, column, widest, height[-1]))
 
 
 def window_lengths(segment):
@@ -272,16 +272,20 @@ def block_costs(rows, width):
     return np.where(several < whole, BLOCK, highest), np.minimum(several, whole)
 
 
-def lay_out(tasks, length, row, column, width, height):
-    """Tasks with windows, of `length` (T, W), at row and column (T, W) of rows of `width`, `height` rows a block."""
+def lay_out(tasks, numbers, length, row, column, width, height):
+    """The tasks of these numbers (T,), their windows, of `length` (T, W), at row and column (T, W) of rows of `width`,
+    `height` rows a block."""
     rows = 1 + np.where(length, row, 0).max(1)
     more = (rows - 1) // height  # blocks beside a task's first one
     first = len(rows) + np.cumsum(more) - more
     block = np.where(row < height, np.arange(len(rows))[:, None], first[:, None] + row // height - 1)
 
-    (source,) = tasks.segment.flatten().nonzero(as_tuple=True)
-    task, window = source // tasks.segment[0].numel(), tasks.segment.flatten()[source] - 1
-    of_window = (torch.from_numpy(x).to(task.device) for x in (block, row % height, column + length))
+    at = torch.from_numpy(numbers).to(tasks.segment.device)
+    segment, size = tasks.segment[at].flatten(), tasks.segment[0].numel()
+    (place,) = segment.nonzero(as_tuple=True)
+    task, window = place // size, segment[place] - 1
+    source = place + ((at - torch.arange(len(at), device=at.device)) * size)[task]
+    of_window = (torch.from_numpy(x).to(at.device) for x in (block, row % height, column + length))
     block, row, end = (x[task, window] for x in of_window)
     shape = len(rows) + int(more.sum()), int(height), width
     place = (block * shape[1] + row) * width + end - tasks.position.flatten()[source]
@@ -291,9 +295,9 @@ def lay_out(tasks, length, row, column, width, height):
         out.view(-1)[place] = values.flatten()[source]
         return out
 
-    task = torch.from_numpy(np.concatenate([np.arange(len(rows)), np.repeat(np.arange(len(rows)), more)]))
-    laid = {name: lay(getattr(tasks, name)) for name in IN_ROWS}
-    return tasks._replace(task=task.to(tasks.task.device), **laid)
+    task = torch.from_numpy(np.concatenate([np.arange(len(rows)), np.repeat(np.arange(len(rows)), more)])).to(at.device)
+    found = {name: lay(values) if name in IN_ROWS else values[at] for name, values in tasks._asdict().items()}
+    return Tasks(**{**found, "task": task})
 
 
 def cut(tasks):

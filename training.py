@@ -111,10 +111,9 @@ def predict(system, tasks):
     return found
 
 
-def move(tasks, system, numbers=slice(None)):
-    """The tasks of these numbers on the device of the system."""
-    device = system.scale.device
-    return dataloader.Tasks(*(tensor[numbers].to(device, non_blocking=True) for tensor in tasks))
+def move(tasks, system):
+    """The tasks on the device of the system."""
+    return dataloader.Tasks(*(tensor.to(system.scale.device, non_blocking=True) for tensor in tasks))
 
 
 def evaluate(system, problem, users, shots=None, num_targets=1):
@@ -254,8 +253,8 @@ def own_parts(system, tasks):
     least = -(-len(tasks.table) // chunk) if chunk else 1
     groups = dataloader.deal(tasks, -(-least // count) * count)
     for numbers in groups[slice(*processes.share(len(groups)))]:
-        for _, part in dataloader.by_size(move(tasks, system, numbers), chunk, system.scale.is_cuda):
-            yield part
+        for _, part in dataloader.by_size(tasks, chunk, system.scale.is_cuda, among=numbers):
+            yield move(part, system)
 
 
 def sum_over_processes(system, parameters, tasks, figures, meanwhile):

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 class Norm(Function):
-    """Layer norm of x (..., D): y w + b with y of mean 0 and mean square 1; w and b are (D,) or each task's (T, D)."""
+    """Layer norm of x (T, ..., D): y w + b with y of mean 0 and mean square 1, w and b (T, D) each task's own."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
@@ -41,7 +41,7 @@ class NormSlope(Function):
     @staticmethod
     def forward(ctx, slope, x, weight, mean, scale, y):
         inside = slope * of_each(weight, x)
-        out, positions = standardise_slope(inside, x, mean, scale), tuple(range(weight.dim() - 1, x.dim() - 1))
+        out, positions = standardise_slope(inside, x, mean, scale), tuple(range(1, x.dim() - 1))
         ctx.save_for_backward(slope, x, weight, mean, scale, y, inside, out)
         return out, (slope * y).sum(positions), slope.sum(positions)
 
@@ -54,7 +54,7 @@ class NormSlope(Function):
         to_weight = of_each(to_weight, x)
         to_x = standardise_slope(mixed.mul_(-scale).addcmul_(slope, to_weight), x, mean, scale)
         to_x.addcmul_(y, (c * out).mean(-1, keepdim=True).mul_(-scale))
-        pulled, positions = standardise_slope(c, x, mean, scale), tuple(range(weight.dim() - 1, x.dim() - 1))
+        pulled, positions = standardise_slope(c, x, mean, scale), tuple(range(1, x.dim() - 1))
         to_slope = torch.addcmul(of_each(to_bias, x), y, to_weight).addcmul_(pulled, of_each(weight, x))
         return to_slope, to_x, pulled.mul_(slope).sum(positions), None, None, None
 

@@ -38,7 +38,7 @@ def cases():
         mask = (torch.rand(*lead, 2, 5, 5, generator=torch.Generator().manual_seed(3)) > 0.5).tril()
         yield kernels.PairScores, pairs, lambda q, k, v, mask=mask: (q, k, v, mask)
         yield kernels.PairScores, pairs[:2] + (random(SIZE),), lambda q, k, v, mask=mask: (q, k, v, mask)
-    norm = random(2, 4, 5, SIZE), random(SIZE), random(SIZE, seed=1)
+    norm = random(2, 4, 5, SIZE), random(2, SIZE), random(2, SIZE, seed=1)
     yield kernels.Norm, norm, lambda x, w, b: (x, w, b, 1e-5)
     yield kernels.Gelu, (random(4, SIZE),), lambda x: (x,)
     affine = random(2, 3, 4, SIZE), random(2, 5, SIZE), random(2, 5)
