@@ -92,6 +92,13 @@ def draw(options, bench, count, n_items=2500, stream=0, shared=True):
     return type(tasks)(*(tensor.to(bench.device) for tensor in tasks))
 
 
+def draw_batch(options, bench, count, n_items=2500, stream=0):
+    """The same tasks as `training.train_step` takes them."""
+    options = argparse.Namespace(**{**vars(options), "batch_size": count})
+    sequences = synthetic(n_items=n_items)
+    return training.draw_batch(sequences, np.arange(len(sequences.offsets) - 1), options, stream)
+
+
 # -----------------------------------------------------------------------------
 # the naive reference
 
@@ -275,8 +282,8 @@ def measure_step(bench, form, count, n_items, more, steps=1):
     set_up(bench)
     options = settings(form, bench, *more)
     before = peak_memory(bench)
-    system, tasks = build(options, bench, n_items), draw(options, bench, count * steps, n_items)
-    batches = [type(tasks)(*batch) for batch in zip(*(tensor.split(count) for tensor in tasks), strict=True)]
+    system = build(options, bench, n_items)
+    batches = [draw_batch(options, bench, count, n_items, stream) for stream in range(steps)]
     run = training.new_run(system, None, options, None)
 
     def take():
@@ -540,8 +547,8 @@ def train_to(goal, problem, options, bench):
     while error > goal and iteration < options.num_train_iterations:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * training.anneal(options, iteration)
-        tasks = dataloader.sample_tasks(problem.sequences, problem.train, options, iteration)
-        training.train_step(system, optimizer, training.move(tasks, system), options, iteration)
+        batch = training.draw_batch(problem.sequences, problem.train, options, iteration)
+        training.train_step(system, optimizer, batch, options, iteration)
         iteration += 1
         if iteration % bench.every == 0:
             error = validation_error(system, problem)
@@ -590,10 +597,8 @@ def measure_steps(bench, form, count, batch, double=False, chunk=0):
     users, times, drawn = np.arange(len(sequences.offsets) - 1), [], []
 
     def draw():
-        tasks = dataloader.sample_tasks(sequences, users, options, len(drawn))
-        if double:
-            tasks = tasks._replace(ratings=tasks.ratings.double(), query_ratings=tasks.query_ratings.double())
-        drawn.append(tasks)
+        share = training.draw_batch(sequences, users, options, len(drawn))
+        drawn.append(share._replace(groups=[in_double(tasks) for tasks in share.groups]) if double else share)
 
     draw()
     for iteration in range(count):
@@ -602,6 +607,11 @@ def measure_steps(bench, form, count, batch, double=False, chunk=0):
         times.append((time.perf_counter() - begin, time.process_time() - cpu))
     parameters = torch.cat([p.detach().flatten() for p in system.parameters()]).numpy()
     return *map(statistics.median, zip(*times, strict=True)), parameters
+
+
+def in_double(tasks):
+    """Tasks with ratings in double precision."""
+    return tasks._replace(ratings=tasks.ratings.double(), query_ratings=tasks.query_ratings.double())
 
 
 def bench_processes(bench):
@@ -676,9 +686,9 @@ def measure_items(bench, n_items):
     set_up(bench)
     options = settings("default", bench, "--sparse_items=True", f"--model={bench.models[0]}")
     before = resident()
-    system, tasks = build(options, bench, n_items), draw(options, bench, options.batch_size, n_items)
+    system, batch = build(options, bench, n_items), draw_batch(options, bench, options.batch_size, n_items)
     run = training.new_run(system, None, options, None)
-    seconds = medians(bench, lambda: training.train_step(system, run.optimizer, tasks, options, 1))[0]
+    seconds = medians(bench, lambda: training.train_step(system, run.optimizer, batch, options, 1))[0]
     mean = medians(bench, lambda: training.update_means(run.means, run.optimizer, 0.1))[0]
     held, begin = peak_memory(bench) - before, time.process_time()
     state = {name: part.state_dict() for name, part in (("system", run.average), ("last", system))}
@@ -706,12 +716,12 @@ def bench_scaling(bench):
     sequences, users = synthetic(bench.users), np.arange(bench.users)
     for form in FORMS:
         options = settings(form, bench, f"--model={bench.models[0]}")
-        system, tasks = build(options, bench), draw(options, bench, options.batch_size)
+        system, batch = build(options, bench), draw_batch(options, bench, options.batch_size)
         optimizer = RowAdamW(training.parameter_groups(system, options))
         adapt, step = medians(
             bench,
             lambda s=system, o=options: training.predict(s, dataloader.last_tasks(sequences, users, o)),
-            lambda s=system, o=options, p=optimizer, t=tasks: training.train_step(s, p, t, o, 1),
+            lambda s=system, o=options, p=optimizer, b=batch: training.train_step(s, p, b, o, 1),
         )
         rows.append(row(f"{form}: a thousand users adapted to", 1e3 * adapt / bench.users, "s"))
         rows.append(row(f"{form}: a thousand tasks trained on", 1e3 * step / options.batch_size, "s"))

@@ -96,7 +96,18 @@ def usable_users(sequences, users, min_support=1):
     return users[np.diff(sequences.offsets)[users] > min_support]
 
 
-def sample_tasks(sequences, users, options, *stream):
+class Stretches(NamedTuple):
+    """Tasks as stretches of users' sequences, before any item is looked up; W windows a support."""
+
+    start: np.ndarray  # (T,) row of the first support rating
+    n_support: np.ndarray  # (T,)
+    n_query: np.ndarray  # (T,) ratings after the support that are asked
+    part: np.ndarray  # (T,) as in `Tasks`
+    window_start: np.ndarray  # (T, W) see `support_windows`
+    window_length: np.ndarray  # (T, W) likewise
+
+
+def sample_stretches(sequences, users, options, *stream):
     """Draw `batch_size` training tasks; the same (random_seed, stream) draws the same tasks.
 
     A task is a random stretch of a random user's sequence: its support is cut to a random length in half of the
@@ -111,8 +122,13 @@ def sample_tasks(sequences, users, options, *stream):
     cut = rng.integers(1, most + 1)
     n_support = np.where(rng.random(count) < options.full_support, most, cut)
     start = sequences.offsets[user] + rng.integers(0, length - n_support - n_query + 1)
-    tasks = build_tasks(sequences, start, n_support, n_query, options, rng)
-    return tasks._replace(part=torch.from_numpy(user % options.cross_fit + 1)) if options.cross_fit else tasks
+    part = user % options.cross_fit + 1 if options.cross_fit else np.zeros_like(user)
+    return Stretches(start, n_support, n_query, part, *support_windows(n_support, options, rng))
+
+
+def sample_tasks(sequences, users, options, *stream):
+    """The `Tasks` of `sample_stretches`."""
+    return build_tasks(sequences, sample_stretches(sequences, users, options, *stream), options)
 
 
 def last_tasks(sequences, users, options, shots=None, back=0):
@@ -124,24 +140,38 @@ def last_tasks(sequences, users, options, shots=None, back=0):
     end = sequences.offsets[users + 1] - 1 - back
     longest = options.max_seq_len - 1 if shots is None else shots
     n_support = np.minimum(end - sequences.offsets[users], longest)
-    return build_tasks(sequences, end - n_support, n_support, np.ones_like(end), options)
+    windows = support_windows(n_support, options)
+    stretches = Stretches(end - n_support, n_support, np.ones_like(end), np.zeros_like(end), *windows)
+    return build_tasks(sequences, stretches, options)
 
 
-def build_tasks(sequences, start, n_support, n_query, options, rng=None):
-    """Tasks whose support is `n_support` (T,) ratings from row `start` (T,) on, and whose queries the next `n_query`.
+def take(stretches, numbers):
+    """The stretches of these numbers."""
+    return Stretches(*(values[numbers] for values in stretches))
 
-    With `rng` the support windows are drawn at random; without, they are the same every time.
-    """
+
+def items_of(sequences, stretches):
+    """Catalogue numbers of all items of stretches, ascending, and 0 for padding."""
+    length = stretches.n_support + stretches.n_query
+    task, _, inside = positions(length[:, None])
+    return np.unique(np.append(sequences.items[stretches.start[task] + inside], 0))
+
+
+def build_tasks(sequences, stretches, options):
+    """`Tasks` whose support and queries are stretches of sequences."""
+    start, n_support, n_query, part = stretches[:4]
     place = start[:, None] + n_support[:, None] + np.arange(n_query.max())
     query = np.arange(n_query.max()) < n_query[:, None]
     place = np.where(query, place, start[:, None])
     query_items, query_ratings = sequences.items[place] * query, sequences.ratings[place] * query
-    return assemble(sequences, start, n_support, query_items, query_ratings, query, options, rng)
+    asked = query_items, query_ratings, query
+    return assemble(sequences, start, n_support, stretches[4:], asked, options)._replace(part=torch.from_numpy(part))
 
 
-def assemble(sequences, start, n_support, query_items, query_ratings, query, options, rng=None):
-    """`Tasks` from supports in `sequences` and given query items (T, Q), ratings (T, Q) and mask (T, Q)."""
-    window_start, window_length = support_windows(n_support, options, rng)
+def assemble(sequences, start, n_support, windows, asked, options):
+    """`Tasks` from supports in `sequences`, of `n_support` (T,) ratings from row `start` (T,) on, their windows as
+    `support_windows` gives them, and `asked`: query items (T, Q), ratings (T, Q) and mask (T, Q)."""
+    (window_start, window_length), (query_items, query_ratings, query) = windows, asked
     window_length, times = share_starts(window_start, window_length, shares_starts(options))
     row, column = pack(window_length, np.maximum(n_support, 1))
     shape = (len(start), row.max() + 1, max(1, (column + window_length).max()))
@@ -181,9 +211,11 @@ def assemble(sequences, start, n_support, query_items, query_ratings, query, opt
     return Tasks(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
-def deal(tasks, groups):
-    """Deal the tasks into groups of about as many ratings, in turns by size: the numbers of each group's tasks."""
-    order = np.argsort(-(tasks.segment > 0).sum((1, 2)).cpu().numpy(), kind="stable")
+def deal(stretches, groups, options):
+    """Deal tasks into groups of about as many ratings, in turns by size: the numbers of each group's tasks."""
+    length = stretches.window_length
+    length = longest_of_start(stretches.window_start, length) if shares_starts(options) else length
+    order = np.argsort(-length.sum(1), kind="stable")
     turn = np.arange(len(order)) % (2 * groups)
     group = np.minimum(turn, 2 * groups - 1 - turn)
     return [np.sort(order[group == number]) for number in range(groups)]
@@ -197,17 +229,15 @@ WEIGHTS = 15  # positions whose arithmetic costs as much as copying a task's wei
 ON_GPU = 256  # tasks at once on a GPU, where calling operations is what costs
 
 
-def by_size(tasks, chunk=0, on_gpu=False, cache=CACHE, among=None):
-    """Split a meta-batch, or its tasks of the numbers `among`, into parts of like size, packed anew: (numbers of its
-    tasks, `Tasks`) for each part.
+def by_size(tasks, chunk=0, on_gpu=False, cache=CACHE):
+    """Split a meta-batch into parts of like size, packed anew: (numbers of its tasks, `Tasks`) for each part.
 
     A part holds `chunk` tasks; with chunk 0 parts are as large as is cheapest, see `part_lengths`, for which `cache` is
     the most that one costs, and large on a GPU.
     """
     length = window_lengths(tasks.segment.cpu().numpy())
     used, width = length.sum(1), length.max(1).clip(1)
-    among = np.arange(len(length)) if among is None else among
-    order = among[np.lexsort((-used[among], -width[among]))]
+    order = np.lexsort((-used, -width))
     if chunk or on_gpu:
         ends = np.arange(0, len(order), chunk or ON_GPU)[1:]
     else:
@@ -326,9 +356,14 @@ def share_starts(start, length, shared):
     times = np.zeros((len(length), start.max(initial=0) + 1, length.max(initial=1)), np.int64)
     task, window = np.nonzero(length)
     times[task, start[task, window], length[task, window] - 1] = 1  # windows are distinct
-    times = times[..., ::-1].cumsum(-1)[..., ::-1]
-    longest = np.take_along_axis((times > 0).sum(-1), start, 1)
-    return np.where(length == longest, length, 0), times
+    return longest_of_start(start, length), times[..., ::-1].cumsum(-1)[..., ::-1]
+
+
+def longest_of_start(start, length):
+    """Lengths (T, W) of the windows, 0 for those that are not the longest with their start."""
+    task, most = np.arange(len(start))[:, None], np.zeros((len(start), start.max(initial=0) + 1), np.int64)
+    np.maximum.at(most, (task, start), length)
+    return np.where(length == most[task, start], length, 0)
 
 
 def uses_cloze(options):

@@ -182,7 +182,8 @@ class Recommender:
         standard = ((ratings - self.mean) / self.std).astype(np.float32)
         sequences = dataloader.Sequences(offsets, np.concatenate(items), standard)
         blank = np.zeros(query_items.shape)
-        tasks = dataloader.assemble(sequences, offsets[:-1], lengths, query_items, blank, blank == 0, self.options)
+        windows, asked = dataloader.support_windows(lengths, self.options), (query_items, blank, blank == 0)
+        tasks = dataloader.assemble(sequences, offsets[:-1], lengths, windows, asked, self.options)
         return dataloader.Tasks(*(tensor.to(self.device) for tensor in tasks))
 
     @torch.no_grad()

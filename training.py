@@ -196,12 +196,12 @@ def anneal(options, iteration):
     return min(1.0, (iteration + 1) / options.warmup) * (end + (1 - end) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def train_step(system, optimizer, tasks, options, iteration, meanwhile=lambda: None):
+def train_step(system, optimizer, batch, options, iteration, meanwhile=lambda: None):
     """One outer step: (mean query loss before adapting, after it, absolute error after it, norm of the meta-gradient).
 
     Each member of the system follows its own loss and gradient; the figures are those of the mean prediction, and the
     largest norm.
-    Of the `tasks` each process takes its share; the step and its figures are those of all of them. Before the other
+    The step and its figures are those of the tasks of all processes, of which `batch` has this one's. Before the other
     processes or a GPU are waited for, `meanwhile` is called: what it does then costs little time.
     Raises FloatingPointError, with the parameters as they were, where any of them is not finite.
     """
@@ -209,18 +209,18 @@ def train_step(system, optimizer, tasks, options, iteration, meanwhile=lambda: N
     parameters = parameters_of(optimizer.param_groups)
     clear(parameters)
     total = torch.zeros(options.num_inner_steps + 2, device=system.scale.device)  # losses, and the absolute error
-    for part in own_parts(system, tasks):
+    for part in parts_of(system, batch):
         predictions = []
         for member in system.members:
             prediction = member(part, options.use_second_order)
-            losses = maml.query_losses(prediction, part, weight=part.query_weight).sum(0) / len(tasks.table)
+            losses = maml.query_losses(prediction, part, weight=part.query_weight).sum(0) / batch.count
             (losses * weights).sum().backward()
             predictions.append(prediction.detach())
         mean = torch.stack(predictions).mean(0)
-        total[:-1] += maml.query_losses(mean, part).sum(0) / len(tasks.table)
-        total[-1] += maml.query_losses(mean[:, -1:], part, torch.abs).sum() / len(tasks.table)
+        total[:-1] += maml.query_losses(mean, part).sum(0) / batch.count
+        total[-1] += maml.query_losses(mean[:, -1:], part, torch.abs).sum() / batch.count
     if processes.count() > 1:
-        total = sum_over_processes(system, parameters, tasks, total, meanwhile)
+        total = sum_over_processes(system, parameters, batch, total, meanwhile)
     else:
         meanwhile()
     norm = max(clip(own, options.clip_norm) for own in of_members(optimizer.param_groups))
@@ -244,24 +244,41 @@ def of_members(groups):
     return members.values()
 
 
-def own_parts(system, tasks):
-    """The parts of a meta-batch, on the system's device, that this process takes one after the other.
+class Batch(NamedTuple):
+    """This process's share of the tasks of an iteration."""
 
-    With --task_chunk they are the same for one process as for several that have one part each, to the last bit.
+    groups: list  # of `Tasks`, which are adapted to one after the other
+    count: int  # number of the tasks of all processes
+    rows: torch.Tensor | None  # (r,) catalogue numbers of all their items, ascending, where processes sum sparse rows
+
+
+def draw_batch(sequences, users, options, *stream):
+    """Draw the tasks of an iteration, see `dataloader.sample_stretches`, and build those that this process takes.
+
+    With --task_chunk the groups are the same for one process as for several that have one each, to the last bit.
     """
-    chunk, count = system.options.task_chunk, processes.count()
-    least = -(-len(tasks.table) // chunk) if chunk else 1
-    groups = dataloader.deal(tasks, -(-least // count) * count)
-    for numbers in groups[slice(*processes.share(len(groups)))]:
-        for _, part in dataloader.by_size(tasks, chunk, system.scale.is_cuda, among=numbers):
+    drawn, count = dataloader.sample_stretches(sequences, users, options, *stream), processes.count()
+    least = -(-options.batch_size // options.task_chunk) if options.task_chunk else 1
+    groups = dataloader.deal(drawn, -(-least // count) * count, options)
+    own = [numbers for numbers in groups[slice(*processes.share(len(groups)))] if len(numbers)]
+    tasks = [dataloader.build_tasks(sequences, dataloader.take(drawn, numbers), options) for numbers in own]
+    sums_rows = options.sparse_items and count > 1
+    rows = torch.from_numpy(dataloader.items_of(sequences, drawn)) if sums_rows else None
+    return Batch(tasks, options.batch_size, rows)
+
+
+def parts_of(system, batch):
+    """The parts of a batch, on the system's device, one after the other."""
+    for tasks in batch.groups:
+        for _, part in dataloader.by_size(tasks, system.options.task_chunk, system.scale.is_cuda):
             yield move(part, system)
 
 
-def sum_over_processes(system, parameters, tasks, figures, meanwhile):
+def sum_over_processes(system, parameters, batch, figures, meanwhile):
     """Make gradients, and `figures` (n,), those of all tasks; the figures. For `meanwhile` see `train_step`."""
     learners = [member.learner for member in system.members] if system.options.sparse_items else []
     tables = [table for learner in learners for table in learner.tables().values()]
-    rows = tasks.table.unique().to(figures.device) if tables else None
+    rows = batch.rows.to(figures.device) if tables else None
     return processes.sum_gradients(parameters, tables, rows, figures, meanwhile)
 
 
@@ -361,7 +378,7 @@ def fit(system, problem, options, folder):
 def iterate(run, stop):
     """Train until the last iteration or a signal; validate and save on the way."""
     log, bar = tracking.open_log(run) if processes.is_first() else None, tracking.progress(run)
-    tasks = draw_tasks(run)
+    batch = draw_tasks(run)
     clock = time.monotonic() - run.loop["seconds"]
     begun, saved = run.loop["iteration"], time.monotonic()
     while True:
@@ -376,7 +393,7 @@ def iterate(run, stop):
             saved = time.monotonic()
         if last or stop.requested:
             break
-        tasks = train_iteration(run, tasks)
+        batch = train_iteration(run, batch)
         bar.update()
     bar.close()
     if last and processes.is_first():
@@ -554,13 +571,13 @@ def set_rates(run, iteration):
 
 
 def draw_tasks(run, ahead=0):
-    """The tasks of the iteration that comes next, or of one so far behind it."""
+    """The `Batch` of the iteration that comes next, or of one so far behind it."""
     problem, iteration = run.problem, run.loop["iteration"] + ahead
-    return dataloader.sample_tasks(problem.sequences, problem.train, run.options, iteration)
+    return draw_batch(problem.sequences, problem.train, run.options, iteration)
 
 
-def train_iteration(run, tasks):
-    """Take one outer step, or leave it out where it is not finite; the tasks of the next one, drawn in between."""
+def train_iteration(run, batch):
+    """Take one outer step, or leave it out where it is not finite; the `Batch` of the next one, drawn in between."""
     loop, options, iteration, drawn = run.loop, run.options, run.loop["iteration"], []
 
     def draw():
@@ -568,7 +585,7 @@ def train_iteration(run, tasks):
 
     set_rates(run, iteration)
     try:
-        figures = train_step(run.system, run.optimizer, tasks, options, iteration, draw)
+        figures = train_step(run.system, run.optimizer, batch, options, iteration, draw)
     except FloatingPointError:
         if not options.skip_nonfinite:
             raise

@@ -11,7 +11,6 @@ import pytest
 import torch
 from running import ITERATIONS, NAMES, command, has_saved, read_events, result, run, same, start, wait, wait_until
 
-import dataloader
 import main
 import options as option_module
 import runs
@@ -152,15 +151,15 @@ def test_parameters_that_are_not_finite_are_not_saved(log):
 
 def poison(iterations):
     """From now on, the tasks of these iterations have a rating that is not a number."""
-    sample = dataloader.sample_tasks
+    draw = training.draw_batch
 
     def poisoned(sequences, users, options, iteration):
-        tasks = sample(sequences, users, options, iteration)
+        batch = draw(sequences, users, options, iteration)
         if iteration in iterations:
-            tasks.query_ratings[0, 0] = np.nan
-        return tasks
+            batch.groups[0].query_ratings[0, 0] = np.nan
+        return batch
 
-    dataloader.sample_tasks = poisoned
+    training.draw_batch = poisoned
 
 
 def test_a_bad_iteration_ends_the_run_with_the_state_before_it(whole, log):

@@ -198,10 +198,10 @@ def test_first_order_is_the_gradient_at_the_adapted_weights():
 def test_task_chunk_gives_equal_gradients(chunk):
     found = []
     for size in (0, chunk):
-        _, tasks, options = make("narm", "lstm", "all", task_chunk=size)
-        system = tiny.ensemble(options)
+        _, _, options = make("narm", "lstm", "all", task_chunk=size)
+        system, batch = tiny.ensemble(options), tiny.training_batch(options, stream=7, lengths=(9, 3, 12))
         optimizer = torch.optim.SGD(training.parameter_groups(system, options), lr=1.0)
-        figures = training.train_step(system, optimizer, tasks, options, 3)
+        figures = training.train_step(system, optimizer, batch, options, 3)
         found.append((figures, system.state_dict()))
     torch.testing.assert_close(found[0], found[1])
 
@@ -213,10 +213,9 @@ def test_members_are_trained_as_if_each_were_alone(sparse):
         options = tiny.options(model_init_seed=seed, members=members, **given)
         system = maml.Ensemble(40, options, tiny.SCALE).double()
         chosen = optimizer.RowAdamW(training.parameter_groups(system, options))
-        tasks = tiny.training_tasks(options)
         for _ in range(3):
-            training.train_step(system, chosen, tasks, options, 0)
-        return system, tasks
+            training.train_step(system, chosen, tiny.training_batch(options), options, 0)
+        return system, tiny.training_tasks(options)
 
     together, tasks = trained(5, 2)
     alone = [trained(5 + number, 1)[0] for number in range(2)]

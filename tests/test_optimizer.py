@@ -83,8 +83,8 @@ def test_sparse_tables_take_the_same_first_step(chunk):
     found = []
     for sparse in (True, False):
         options = tiny.options(model="gru4rec", adapt="all", init_items="random", sparse_items=sparse, task_chunk=chunk)
-        system, tasks = tiny.ensemble(options), tiny.training_tasks(options)
+        system, batch = tiny.ensemble(options), tiny.training_batch(options)
         chosen = optimizer.RowAdamW(training.parameter_groups(system, options))
-        figures = training.train_step(system, chosen, tasks, options, 0)
+        figures = training.train_step(system, chosen, batch, options, 0)
         found.append((figures, system.state_dict()))
     torch.testing.assert_close(*found)

@@ -131,6 +131,33 @@ def test_batch_that_no_process_divides(tmp_path):
     assert_close(log_of(tmp_path, 0) / NAME, tmp_path / "one" / "log" / NAME)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("given", [{}, {"task_chunk": 2}, {"loss_network": "lstm"}, {"batch_size": 2}])
+def test_processes_are_dealt_each_task_once(monkeypatch, count, given):
+    options = tiny.options(**{"model": "gru4rec", "batch_size": 9, "sparse_items": True, **given})
+    sequences, users, found = tiny.sequences(), np.arange(6), []
+    every = dataloader.sample_tasks(sequences, users, options, 4)
+    for rank in range(count):
+        monkeypatch.setattr(processes, "place", processes.Place(rank, count))
+        batch = training.draw_batch(sequences, users, options, 4)
+        found += [task for tasks in batch.groups for task in contents(tasks)]
+        assert batch.count == len(every.table)
+        assert count == 1 or torch.equal(batch.rows, every.table.unique())
+    assert sorted(found) == sorted(contents(every))
+
+
+def contents(tasks):
+    """Of each task the items and ratings of its support windows and queries, its part, and what its positions count."""
+    found = []
+    for t, table in enumerate(tasks.table):
+        items = table[tasks.items[t]][tasks.segment[t] > 0].tolist()
+        asked = table[tasks.query_items[t]][tasks.query[t]].tolist()
+        counted = tasks.times[t][tasks.segment[t] > 0].tolist()
+        ratings = tasks.ratings[t][tasks.segment[t] > 0].tolist()
+        found.append((items, asked, counted, ratings, int(tasks.part[t]), int(tasks.query_last[t])))
+    return found
+
+
 def train(path, options, dtype=torch.float64, count=20):
     """Take outer steps and save parameters and figures in `path`."""
     processes.connect(torch.device("cpu"))
@@ -140,9 +167,10 @@ def train(path, options, dtype=torch.float64, count=20):
     users = np.arange(len(sequences.offsets) - 1)
     figures = []
     for iteration in range(count):
-        tasks = dataloader.sample_tasks(sequences, users, options, iteration)
-        tasks = tiny.double(tasks) if dtype == torch.float64 else tasks
-        figures.append(training.train_step(system, optimizer, tasks, options, iteration))
+        batch = training.draw_batch(sequences, users, options, iteration)
+        if dtype == torch.float64:
+            batch = batch._replace(groups=[tiny.double(tasks) for tasks in batch.groups])
+        figures.append(training.train_step(system, optimizer, batch, options, iteration))
     torch.save([system.state_dict(), optimizer.state_dict()["state"], torch.tensor(figures)], path)
     return 0
 

@@ -134,9 +134,9 @@ def test_without_known_ratings_the_prediction_is_the_unadapted_one(problem, adap
     user = recommender.adapt([("nobody saw this", 5)])
     assert not user.adapted and user.unknown == ["nobody saw this"]
     nothing = np.zeros(1, np.int64)
-    tasks = dataloader.assemble(
-        problem.sequences, nothing, nothing, np.array([[4]]), np.zeros((1, 1)), np.ones((1, 1), bool), system.options
-    )
+    windows = dataloader.support_windows(nothing, system.options)
+    asked = np.array([[4]]), np.zeros((1, 1)), np.ones((1, 1), bool)
+    tasks = dataloader.assemble(problem.sequences, nothing, nothing, windows, asked, system.options)
     with torch.no_grad():
         before = system.to_rating(system(tasks)[0, 0]).tolist()
     assert user.predict([recommender.item_ids[3], "unknown"]) == pytest.approx([*before, np.nan], abs=1e-6, nan_ok=True)

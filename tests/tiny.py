@@ -6,6 +6,7 @@ import torch
 import dataloader
 import maml
 import options as option_module
+import training
 
 SIZES = {
     "bert_hidden_units": 8,
@@ -41,6 +42,13 @@ def sequences(lengths=(9, 2, 12, 5, 3, 30), n_items=40, seed=0):
 def double(tasks):
     """The same tasks with ratings in double precision."""
     return tasks._replace(ratings=tasks.ratings.double(), query_ratings=tasks.query_ratings.double())
+
+
+def training_batch(options, stream=0, **given):
+    """The same tasks as `training.train_step` takes them."""
+    data = sequences(**given)
+    batch = training.draw_batch(data, np.arange(len(data.offsets) - 1), options, stream)
+    return batch._replace(groups=[double(tasks) for tasks in batch.groups])
 
 
 def training_tasks(options, stream=0, **given):
