@@ -115,7 +115,7 @@ def inner_loop(learner, loss_network, rates, tasks, tables, options, second_orde
     # A rating in several windows counts once in all.
     times = blocks.times.to(blocks.ratings.dtype)
     share = times / over_task(times, blocks).clamp_min(1)
-    rates = rates.laid_out(shapes, (tasks.query_last + 1).to(times.dtype)).unbind()
+    descents = (-rates.laid_out(shapes, (tasks.query_last + 1).to(times.dtype))).unbind()
     prepared = None if loss_network is None else loss_network.prepare(blocks)
 
     before, histories = [], []
@@ -125,7 +125,7 @@ def inner_loop(learner, loss_network, rates, tasks, tables, options, second_orde
         gradient = pull(flat, history, slope * share, second_order and torch.is_grad_enabled())
         before.append(flat)
         histories.append(history)
-        flat = flat + -rates[step] * gradient  # the sign where it costs least
+        flat = flat + descents[step] * gradient
     return split(flat, shapes), answer([*before, flat]), histories
 
 

@@ -73,7 +73,7 @@ def task_features(known, prediction, tasks, options):
     `known` is what `known_features` gives.
     """
     of_prediction = {"loss": (prediction - tasks.ratings).square(), "predictions": prediction}
-    return torch.cat([stack(of_prediction, tasks, options), known], -1)
+    return torch.cat([stack(of_prediction, options), known], -1)
 
 
 def known_features(tasks, options):
@@ -81,13 +81,14 @@ def known_features(tasks, options):
     mean, std, count = user_statistics(tasks)
     of_ratings = {"labels": tasks.ratings, "rating_mean": mean, "rating_std": std}
     longest = options.max_seq_len
-    return stack({**of_ratings, "recency": tasks.position / longest, "num_samples": count / longest}, tasks, options)
+    features = {**of_ratings, "recency": tasks.position / longest, "num_samples": count / longest}
+    return stack({name: values.expand(tasks.ratings.shape) for name, values in features.items()}, options)
 
 
-def stack(features, tasks, options):
-    """Features {name: values that broadcast to (R, S)} as (R, S, F), 0 for those switched off."""
+def stack(features, options):
+    """Features {name: (R, S)} as (R, S, F), 0 for those switched off."""
     used = (values if getattr(options, f"task_info_{name}", True) else values * 0 for name, values in features.items())
-    return torch.stack([values.expand(tasks.ratings.shape) for values in used], -1)
+    return torch.stack(list(used), -1)
 
 
 class LSTMLoss(nn.Module):
