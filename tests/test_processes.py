@@ -133,17 +133,20 @@ def test_batch_that_no_process_divides(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("given", [{}, {"task_chunk": 2}, {"loss_network": "lstm"}, {"batch_size": 2}])
-def test_processes_are_dealt_each_task_once(monkeypatch, count, given):
+def test_processes_are_dealt_each_task_once_and_as_many_ratings(monkeypatch, count, given):
     options = tiny.options(**{"model": "gru4rec", "batch_size": 9, "sparse_items": True, **given})
-    sequences, users, found = tiny.sequences(), np.arange(6), []
+    sequences, users, found, ratings = tiny.sequences(), np.arange(6), [], []
     every = dataloader.sample_tasks(sequences, users, options, 4)
     for rank in range(count):
         monkeypatch.setattr(processes, "place", processes.Place(rank, count))
         batch = training.draw_batch(sequences, users, options, 4)
         found += [task for tasks in batch.groups for task in contents(tasks)]
+        ratings.append(sum(int((tasks.segment > 0).sum()) for tasks in batch.groups))
         assert batch.count == len(every.table)
         assert count == 1 or torch.equal(batch.rows, every.table.unique())
     assert sorted(found) == sorted(contents(every))
+    groups = -(-9 // (2 * count)) if "task_chunk" in given else 1  # of each process
+    assert max(ratings) - min(ratings) <= groups * int((every.segment > 0).sum((1, 2)).max())
 
 
 def contents(tasks):
