@@ -105,12 +105,18 @@ def balance_scores(problem, options):
 
 
 def commit():
-    """The commit of this program, "-dirty" where its files differ from it; "unknown" outside a repository."""
-    words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """The commit of this program, "-dirty" where its code differs from it; "unknown" outside a repository."""
     try:
-        done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        name = git("rev-parse", "--short", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{name}-dirty" if changed else name
+
+
+def git(*words):
+    """What git answers in the folder of this program."""
+    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 

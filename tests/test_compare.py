@@ -311,6 +311,23 @@ def test_errors_are_averaged_over_seeds_and_pairs_share_fold_seed_and_user(tmp_p
     assert list(plots.panels(rows, report.groups_of(files, rows))) == ["NARM"]
 
 
+def test_commit_says_whether_the_code_differs_and_not_the_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(predictions, "__file__", str(tmp_path / "predictions.py"))
+    assert predictions.commit() == "unknown"
+    code, table = tmp_path / "predictions.py", tmp_path / "results" / "table.md"
+    table.parent.mkdir()
+    code.write_text("1\n")
+    table.write_text("1\n")
+    predictions.git("init", "--quiet")
+    predictions.git("add", ".")
+    predictions.git("-c", "user.name=n", "-c", "user.email=e", "commit", "--quiet", "--no-gpg-sign", "--message=m")
+    name = predictions.git("rev-parse", "--short", "HEAD")
+    table.write_text("2\n")
+    assert predictions.commit() == name
+    code.write_text("2\n")
+    assert predictions.commit() == f"{name}-dirty"
+
+
 def test_predictions_of_different_data_do_not_mix(tmp_path):
     files = dict([write_cell(tmp_path, "maml", 0, 1, [1], [0.0]), write_cell(tmp_path, "melo", 0, 1, [1], [0.0])])
     frame = pd.read_parquet(path := list(files.values())[0])
