@@ -18,6 +18,7 @@ from utils import UserError
 LEARNERS = {"simple": "simple", "bert4rec": "BERT4Rec", "narm": "NARM", "sasrec": "SASRec", "gru4rec": "GRU4Rec"}
 METHODS = {"basic": "Basic", "fomaml": "FO-MAML", "maml": "MAML", "melo": "MELO"}
 PAIRS = (("melo", "maml"), ("maml", "fomaml"), ("maml", "basic"))
+DAMPED = ("simple", "user + item effects", False)
 KEY = ["fold", "seed", "user"]
 FIGURES = ("rmse", "mae", "macro_rmse")
 
@@ -100,8 +101,8 @@ def all_differences(rows, figures):
     for learner, paper in dict.fromkeys((learner, paper) for learner, _, paper in figures if learner != "simple"):
         pairs = [((learner, one, paper), (learner, other, paper)) for one, other in PAIRS]
         pairs = [pair for pair in pairs if set(pair) <= set(figures)]
-        if (ours := best(figures, learner, paper)) and simple:
-            pairs.append((ours, simple))
+        if ours := best(figures, learner, paper):
+            pairs += [(ours, other) for other in dict.fromkeys((simple, DAMPED)) if figures.get(other)]
         for one, other in pairs:
             names = f"{METHODS[one[1]]} − {METHODS.get(other[1], other[1])}"
             found.append((learner_name(learner, paper), names, *compare(rows, one, other)))
