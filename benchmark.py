@@ -83,20 +83,17 @@ def build(options, bench, n_items=2500):
     return system.to(bench.device)
 
 
-def draw(options, bench, count, n_items=2500, stream=0, shared=True):
+def stretches(options, count, n_items=2500):
+    """Synthetic sequences, and `count` tasks drawn from them: (`Sequences`, `Stretches`)."""
+    options, sequences = argparse.Namespace(**{**vars(options), "batch_size": count}), synthetic(n_items=n_items)
+    return sequences, dataloader.sample_stretches(sequences, np.arange(len(sequences.offsets) - 1), options, 0)
+
+
+def draw(options, bench, count, n_items=2500, shared=True):
     """A meta-batch of `count` tasks on the device, as the naive way has it without `shared`: each window laid out."""
-    options = argparse.Namespace(**{**vars(options), "batch_size": count})
-    sequences = synthetic(n_items=n_items)
     with contextlib.nullcontext() if shared else mock.patch.object(dataloader, "shares_starts", lambda options: False):
-        tasks = dataloader.sample_tasks(sequences, np.arange(len(sequences.offsets) - 1), options, stream)
+        tasks = dataloader.build_tasks(*stretches(options, count, n_items), options)
     return type(tasks)(*(tensor.to(bench.device) for tensor in tasks))
-
-
-def draw_batch(options, bench, count, n_items=2500, stream=0):
-    """The same tasks as `training.train_step` takes them."""
-    options = argparse.Namespace(**{**vars(options), "batch_size": count})
-    sequences = synthetic(n_items=n_items)
-    return training.draw_batch(sequences, np.arange(len(sequences.offsets) - 1), options, stream)
 
 
 # -----------------------------------------------------------------------------
@@ -282,8 +279,9 @@ def measure_step(bench, form, count, n_items, more, steps=1):
     set_up(bench)
     options = settings(form, bench, *more)
     before = peak_memory(bench)
-    system = build(options, bench, n_items)
-    batches = [draw_batch(options, bench, count, n_items, stream) for stream in range(steps)]
+    system, (sequences, drawn) = build(options, bench, n_items), stretches(options, count * steps, n_items)
+    parts = (dataloader.take(drawn, numbers) for numbers in np.split(np.arange(count * steps), steps))
+    batches = [training.own_share(sequences, part, options) for part in parts]
     run = training.new_run(system, None, options, None)
 
     def take():
@@ -444,7 +442,7 @@ def bench_data(bench):
     users = np.arange(len(sequences.offsets) - 1)
     for form in FORMS:
         options = settings(form, bench, "--batch_size=16")
-        seconds = medians(bench, lambda o=options: [dataloader.sample_tasks(sequences, users, o, i) for i in range(20)])
+        seconds = medians(bench, lambda o=options: [training.draw_batch(sequences, users, o, i) for i in range(20)])
         rows.append(row(f"{form}: sampling and packing 16 tasks", 1e3 * seconds[0] / 20, "ms", at_most=2))
     return rows
 
@@ -488,7 +486,7 @@ def bench_parts(bench):
                 backward(system, tasks, weights)
             sample, forward, inner, whole, step = medians(
                 bench,
-                lambda o=options: dataloader.sample_tasks(sequences, users, o, 0),
+                lambda o=options: training.draw_batch(sequences, users, o, 0),
                 lambda s=system, t=parts, o=second: forward_alone(s, t, o),
                 lambda s=system, t=parts, o=second: [s(part, o) for part in t],
                 lambda s=system, t=tasks, w=weights: backward(s, t, w),
@@ -598,7 +596,7 @@ def measure_steps(bench, form, count, batch, double=False, chunk=0):
 
     def draw():
         share = training.draw_batch(sequences, users, options, len(drawn))
-        drawn.append(share._replace(groups=[in_double(tasks) for tasks in share.groups]) if double else share)
+        drawn.append(in_double(share) if double else share)
 
     draw()
     for iteration in range(count):
@@ -609,9 +607,11 @@ def measure_steps(bench, form, count, batch, double=False, chunk=0):
     return *map(statistics.median, zip(*times, strict=True)), parameters
 
 
-def in_double(tasks):
-    """Tasks with ratings in double precision."""
-    return tasks._replace(ratings=tasks.ratings.double(), query_ratings=tasks.query_ratings.double())
+def in_double(batch):
+    """A batch with ratings in double precision."""
+    names = "ratings", "query_ratings"
+    groups = [tasks._replace(**{name: getattr(tasks, name).double() for name in names}) for tasks in batch.groups]
+    return batch._replace(groups=groups)
 
 
 def bench_processes(bench):
@@ -686,7 +686,8 @@ def measure_items(bench, n_items):
     set_up(bench)
     options = settings("default", bench, "--sparse_items=True", f"--model={bench.models[0]}")
     before = resident()
-    system, batch = build(options, bench, n_items), draw_batch(options, bench, options.batch_size, n_items)
+    system = build(options, bench, n_items)
+    batch = training.own_share(*stretches(options, options.batch_size, n_items), options)
     run = training.new_run(system, None, options, None)
     seconds = medians(bench, lambda: training.train_step(system, run.optimizer, batch, options, 1))[0]
     mean = medians(bench, lambda: training.update_means(run.means, run.optimizer, 0.1))[0]
@@ -716,7 +717,7 @@ def bench_scaling(bench):
     sequences, users = synthetic(bench.users), np.arange(bench.users)
     for form in FORMS:
         options = settings(form, bench, f"--model={bench.models[0]}")
-        system, batch = build(options, bench), draw_batch(options, bench, options.batch_size)
+        system, batch = build(options, bench), training.own_share(*stretches(options, options.batch_size), options)
         optimizer = RowAdamW(training.parameter_groups(system, options))
         adapt, step = medians(
             bench,

@@ -126,11 +126,6 @@ def sample_stretches(sequences, users, options, *stream):
     return Stretches(start, n_support, n_query, part, *support_windows(n_support, options, rng))
 
 
-def sample_tasks(sequences, users, options, *stream):
-    """The `Tasks` of `sample_stretches`."""
-    return build_tasks(sequences, sample_stretches(sequences, users, options, *stream), options)
-
-
 def last_tasks(sequences, users, options, shots=None, back=0):
     """The evaluation tasks: each user's last rating is the target, the ratings before it the support.
 
@@ -159,13 +154,13 @@ def items_of(sequences, stretches):
 
 def build_tasks(sequences, stretches, options):
     """`Tasks` whose support and queries are stretches of sequences."""
-    start, n_support, n_query, part = stretches[:4]
+    start, n_support, n_query, part, *windows = stretches
     place = start[:, None] + n_support[:, None] + np.arange(n_query.max())
     query = np.arange(n_query.max()) < n_query[:, None]
     place = np.where(query, place, start[:, None])
     query_items, query_ratings = sequences.items[place] * query, sequences.ratings[place] * query
     asked = query_items, query_ratings, query
-    return assemble(sequences, start, n_support, stretches[4:], asked, options)._replace(part=torch.from_numpy(part))
+    return assemble(sequences, start, n_support, windows, asked, options)._replace(part=torch.from_numpy(part))
 
 
 def assemble(sequences, start, n_support, windows, asked, options):

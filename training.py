@@ -253,18 +253,23 @@ class Batch(NamedTuple):
 
 
 def draw_batch(sequences, users, options, *stream):
-    """Draw the tasks of an iteration, see `dataloader.sample_stretches`, and build those that this process takes.
+    """Draw the tasks of an iteration, see `dataloader.sample_stretches`: the `Batch` of this process."""
+    return own_share(sequences, dataloader.sample_stretches(sequences, users, options, *stream), options)
+
+
+def own_share(sequences, drawn, options):
+    """The `Batch` that this process takes of tasks `drawn` for all.
 
     With --task_chunk the groups are the same for one process as for several that have one each, to the last bit.
     """
-    drawn, count = dataloader.sample_stretches(sequences, users, options, *stream), processes.count()
-    least = -(-options.batch_size // options.task_chunk) if options.task_chunk else 1
+    total, count = len(drawn.start), processes.count()
+    least = -(-total // options.task_chunk) if options.task_chunk else 1
     groups = dataloader.deal(drawn, -(-least // count) * count, options)
     own = [numbers for numbers in groups[slice(*processes.share(len(groups)))] if len(numbers)]
     tasks = [dataloader.build_tasks(sequences, dataloader.take(drawn, numbers), options) for numbers in own]
     sums_rows = options.sparse_items and count > 1
     rows = torch.from_numpy(dataloader.items_of(sequences, drawn)) if sums_rows else None
-    return Batch(tasks, options.batch_size, rows)
+    return Batch(tasks, total, rows)
 
 
 def parts_of(system, batch):

@@ -184,7 +184,7 @@ def unpack(tasks, t):
 def test_training_tasks_are_stretches_of_sequences(given):
     options = tiny.options(batch_size=40, **given)
     sequences = tiny.sequences()
-    tasks = dataloader.sample_tasks(sequences, np.arange(6), options, 0)
+    tasks = tiny.sample_tasks(sequences, np.arange(6), options, 0)
     ratings = list(zip(sequences.items.tolist(), sequences.ratings.tolist(), strict=True))
     users = [ratings[a:b] for a, b in zip(sequences.offsets, sequences.offsets[1:], strict=False)]
     for t in range(40):
@@ -211,14 +211,14 @@ def test_positions_of_shared_starts_count_as_often_as_windows_hold_them():
 
 def test_sampling_is_a_function_of_seed_and_stream(options):
     sequences, users = tiny.sequences(), np.arange(6)
-    first = dataloader.sample_tasks(sequences, users, options, 3)
+    first = tiny.sample_tasks(sequences, users, options, 3)
     np.random.seed(9)
     torch.manual_seed(9)
-    again = dataloader.sample_tasks(sequences, users, options, 3)
+    again = tiny.sample_tasks(sequences, users, options, 3)
     assert all(map(torch.equal, first, again))
-    other = dataloader.sample_tasks(sequences, users, options, 4)
+    other = tiny.sample_tasks(sequences, users, options, 4)
     options.random_seed += 1
-    seeded = dataloader.sample_tasks(sequences, users, options, 3)
+    seeded = tiny.sample_tasks(sequences, users, options, 3)
     assert not same(first, other) and not same(first, seeded)
 
 
@@ -280,7 +280,7 @@ def test_items_alone_are_all_support(options):
 
 
 def test_rows_are_no_wider_than_the_longest_support(options):
-    tasks = dataloader.sample_tasks(tiny.sequences(), np.arange(6), options, 0)
+    tasks = tiny.sample_tasks(tiny.sequences(), np.arange(6), options, 0)
     assert tasks.items.shape[2] == int(tasks.query_last.max()) + 1
     assert int(tasks.items.max()) < tasks.table.shape[1]
 
@@ -292,7 +292,7 @@ def test_rows_are_no_wider_than_the_longest_support(options):
 @pytest.mark.parametrize("given", [{}, {"chunk": 1}, {"chunk": 3}, {"on_gpu": True}])
 def test_parts_hold_every_task_once_and_unchanged(options, given):
     options.batch_size = 20
-    tasks, seen = dataloader.sample_tasks(tiny.sequences(), np.arange(6), options, 0), []
+    tasks, seen = tiny.sample_tasks(tiny.sequences(), np.arange(6), options, 0), []
     for numbers, part in dataloader.by_size(tasks, **given):
         assert len(numbers) == len(part.table) <= given.get("chunk", 20)
         for place, t in enumerate(numbers):

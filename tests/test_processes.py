@@ -17,7 +17,6 @@ from running import NAMES, ROOT, command, has_saved, result, same, start, wait, 
 from test_faults import do_before, poison
 from torch.distributed import run as torchrun
 
-import dataloader
 import main
 import processes
 import runs
@@ -136,7 +135,7 @@ def test_batch_that_no_process_divides(tmp_path):
 def test_processes_are_dealt_each_task_once_and_as_many_ratings(monkeypatch, count, given):
     options = tiny.options(**{"model": "gru4rec", "batch_size": 9, "sparse_items": True, **given})
     sequences, users, found, ratings = tiny.sequences(), np.arange(6), [], []
-    every = dataloader.sample_tasks(sequences, users, options, 4)
+    every = tiny.sample_tasks(sequences, users, options, 4)
     for rank in range(count):
         monkeypatch.setattr(processes, "place", processes.Place(rank, count))
         batch = training.draw_batch(sequences, users, options, 4)
@@ -171,8 +170,7 @@ def train(path, options, dtype=torch.float64, count=20):
     figures = []
     for iteration in range(count):
         batch = training.draw_batch(sequences, users, options, iteration)
-        if dtype == torch.float64:
-            batch = batch._replace(groups=[tiny.double(tasks) for tasks in batch.groups])
+        batch = tiny.double_batch(batch) if dtype == torch.float64 else batch
         figures.append(training.train_step(system, optimizer, batch, options, iteration))
     torch.save([system.state_dict(), optimizer.state_dict()["state"], torch.tensor(figures)], path)
     return 0

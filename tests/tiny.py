@@ -39,6 +39,11 @@ def sequences(lengths=(9, 2, 12, 5, 3, 30), n_items=40, seed=0):
     return dataloader.Sequences(np.cumsum([0, *lengths]), items, ratings.astype(np.float32))
 
 
+def sample_tasks(data, users, options, *stream):
+    """The tasks of `training.draw_batch` for all processes, in their order."""
+    return dataloader.build_tasks(data, dataloader.sample_stretches(data, users, options, *stream), options)
+
+
 def double(tasks):
     """The same tasks with ratings in double precision."""
     return tasks._replace(ratings=tasks.ratings.double(), query_ratings=tasks.query_ratings.double())
@@ -47,7 +52,11 @@ def double(tasks):
 def training_batch(options, stream=0, **given):
     """The same tasks as `training.train_step` takes them."""
     data = sequences(**given)
-    batch = training.draw_batch(data, np.arange(len(data.offsets) - 1), options, stream)
+    return double_batch(training.draw_batch(data, np.arange(len(data.offsets) - 1), options, stream))
+
+
+def double_batch(batch):
+    """The same batch with ratings in double precision."""
     return batch._replace(groups=[double(tasks) for tasks in batch.groups])
 
 
@@ -55,7 +64,7 @@ def training_tasks(options, stream=0, **given):
     """A batch of random tasks of `sequences(**given)`, in double precision."""
     data = sequences(**given)
     users = np.arange(len(data.offsets) - 1)
-    return double(dataloader.sample_tasks(data, users, options, stream))
+    return double(sample_tasks(data, users, options, stream))
 
 
 def jitter(module, seed=0, std=0.3):
