@@ -13,6 +13,7 @@ class BERT4Rec(nn.Module):
     """
 
     causal = False
+    reads_queries = True
 
     def __init__(self, options):
         super().__init__()

@@ -9,6 +9,7 @@ class GRU4Rec(nn.Module):
     """Encoder of `gru4rec_n_layers` GRU layers and a norm; the state at a position has seen the items up to it."""
 
     causal = True
+    reads_queries = False
 
     def __init__(self, options):
         super().__init__()

@@ -18,15 +18,25 @@ from models.kernels import Affine, Attend, GRUScan, SplitHeads
 
 
 def history_mask(tasks, causal):
-    """Which position (columns) each position (rows) may read: its own window, up to itself if causal. (R, S, S)"""
+    """Which position (columns) each position (rows) may read: itself and the ratings of its own window, if causal
+    those before it. (R, S, S)"""
     same = tasks.segment[..., :, None] == tasks.segment[..., None, :]
-    mask = same & (tasks.segment > 0)[..., None, :]
-    return mask.tril() if causal else mask
+    mask = same & (tasks.position > 0)[..., None, :]
+    itself = torch.eye(same.shape[-1], dtype=torch.bool, device=same.device) & (tasks.segment > 0)[..., None]
+    return (mask.tril() if causal else mask) | itself
 
 
 def query_mask(tasks):
     """Which positions of row 0 the queries may read. (S,)"""
     return torch.arange(tasks.items.shape[-1], device=tasks.items.device) <= tasks.query_last[..., None]
+
+
+def append_queries(tasks):
+    """Tasks of one row with their queries as further positions of it, which read its first window and themselves."""
+    first = torch.ones_like(tasks.query_items)
+    more = {"items": tasks.query_items, "segment": first, "position": first - 1}
+    longer = {name: torch.cat([getattr(tasks, name), values[..., None, :]], -1) for name, values in more.items()}
+    return tasks._replace(**longer)
 
 
 def hide(mask, dtype):

@@ -14,6 +14,7 @@ class NARM(nn.Module):
     """
 
     causal = True
+    reads_queries = False
 
     def __init__(self, options):
         super().__init__()

@@ -10,6 +10,7 @@ class SASRec(nn.Module):
     """Encoder of `bert_num_blocks` pre-norm blocks; a position reads its window up to itself."""
 
     causal = True
+    reads_queries = True
 
     def __init__(self, options):
         super().__init__()
