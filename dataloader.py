@@ -237,6 +237,9 @@ def by_size(tasks, chunk=0, on_gpu=False, cache=CACHE):
         ends = np.arange(0, len(order), chunk or ON_GPU)[1:]
     else:
         ends = np.cumsum(part_lengths(used[order], width[order], cache))[:-1]
+    if len(order) and not len(ends) and tasks.segment.shape[1:] == (1, width.max()):
+        yield np.arange(len(order)), cut(tasks)  # as they are, packing anew changes nothing
+        return
     for numbers in np.split(order, ends) if len(order) else ():
         widest = int(width[numbers].max())
         row, column = pack(length[numbers], np.full(len(numbers), widest))
