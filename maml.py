@@ -66,7 +66,7 @@ def key(name):
 def lay_out(logs, shapes):
     """exp of {key: (K,) or (K, ...)} for parameters {name: shape} laid end to end: (K, 1, P)."""
     rows = ((logs[key(name)].unsqueeze(-1).flatten(1), shape.numel()) for name, shape in shapes.items())
-    return torch.cat([row.exp().expand(-1, size) for row, size in rows], 1)[:, None]
+    return torch.cat([row.expand(-1, size) for row, size in rows], 1).exp()[:, None]
 
 
 def feature_curvature(learner, name, item_counts):

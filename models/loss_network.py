@@ -73,7 +73,7 @@ def task_features(known, prediction, tasks, options):
     `known` is what `known_features` gives.
     """
     of_prediction = {"loss": (prediction - tasks.ratings).square(), "predictions": prediction}
-    return torch.cat([stack(of_prediction, options), known], -1)
+    return torch.cat([*columns(of_prediction, options), known], -1)
 
 
 def known_features(tasks, options):
@@ -82,13 +82,14 @@ def known_features(tasks, options):
     of_ratings = {"labels": tasks.ratings, "rating_mean": mean, "rating_std": std}
     longest = options.max_seq_len
     features = {**of_ratings, "recency": tasks.position / longest, "num_samples": count / longest}
-    return stack({name: values.expand(tasks.ratings.shape) for name, values in features.items()}, options)
+    expanded = {name: values.expand(tasks.ratings.shape) for name, values in features.items()}
+    return torch.cat(columns(expanded, options), -1)
 
 
-def stack(features, options):
-    """Features {name: (R, S)} as (R, S, F), 0 for those switched off."""
+def columns(features, options):
+    """Features {name: (R, S)} as a list of (R, S, 1), 0 for those switched off."""
     used = (values if getattr(options, f"task_info_{name}", True) else values * 0 for name, values in features.items())
-    return torch.stack(list(used), -1)
+    return [values[..., None] for values in used]
 
 
 class LSTMLoss(nn.Module):
