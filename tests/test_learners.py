@@ -181,6 +181,25 @@ def test_joint_head_is_the_sum_of_its_terms():
         torch.testing.assert_close(prediction, expected + head.state_weight @ h)
 
 
+@pytest.mark.parametrize("windows", [1, 5])  # one row a task, or several
+@pytest.mark.parametrize(("reads", "head", "heads"), [(False, "plain", 2), (False, "joint", 0), (True, "joint", 2)])
+@pytest.mark.parametrize("model", tiny.LEARNERS)
+def test_predictions_are_inner_products_with_what_the_head_adapts(model, reads, head, heads, windows):
+    learner, options = build(model, reads, head, n_items=40, error_heads=heads, num_samples=windows, num_masks=2)
+    tasks = tiny.training_tasks(options)
+    assert (tasks.items.shape[1] > 1) == (windows > 1 or (reads and model == "bert4rec"))
+    assert not tasks.query.all() and (tasks.segment == 0).any()
+    adapted = [learner.get_parameter(name).flatten() for name in learner.head.adapted]
+    one = torch.cat([torch.ones(1, dtype=torch.float64), *adapted])
+    linear = [values @ one for values in learner.linear(tasks, tables(learner, tasks))]
+    outs = []
+    for history, query in (linear, predict(learner, tasks)):
+        out = torch.cat([history[tasks.segment > 0], query[tasks.query]])
+        slopes = torch.autograd.grad(out.square().sum(), list(learner.parameters()), materialize_grads=True)
+        outs.append((out, slopes))
+    torch.testing.assert_close(*outs)
+
+
 def test_windows_of_one_row_do_not_continue_each_other():
     assert continues(tiny.lay_out([[2, 3, 1]])).tolist() == [[0, 1, 0, 1, 1, 0]]
 
