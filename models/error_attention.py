@@ -28,26 +28,43 @@ class ErrorAttention(nn.Module):
 
     def forward(self, tasks, rows):
         """From the items' rows: (weights of the errors in each position's row (R, S, S), what `ask` needs of row 0)."""
-        x, position = features(rows), tasks.position
-        place = torch.arange(position.shape[-1], device=position.device)
-        apart = (place - place[:, None]).expand(*(1,) * (position.dim() - 1), -1, -1)  # within a window
-        earlier = history_mask(tasks, causal=True).tril(-1).transpose(-1, -2)
-        first, all_of_it = position.select(-2, 0)[..., None], query_mask(tasks)[..., None]
-        return self.weigh(x, *self.read(x, apart, earlier)), self.read(x.select(-3, 0), first, all_of_it)
+        x = features(rows)
+        weights = self.weigh(x, self.scale(x), self.within_rows(tasks))
+        return weights, (self.scale(x.select(-3, 0)), self.from_behind(tasks))
 
     def ask(self, rows, past):
         """Weights (Q, S) of the errors in row 0 for queries, from their items' rows."""
         return self.weigh(features(rows), *past)
 
-    def read(self, past, ages, mask):
-        """past (M, F), ages and mask (M, N or 1) -> (past of each head (H, M, F), what is added (H, M, N or 1))"""
-        past = past[..., None, :, :]  # scaled rather than what is compared with it, which may be a whole catalogue
-        past = past * spread(self.likeness[..., None, :], past, 3)
+    def of_one_row(self, tasks, rows):
+        """Weights (1, S + Q, S) for the positions and then the queries of a task of one row, from the rows of both."""
+        x, within, behind = features(rows), self.within_rows(tasks), self.from_behind(tasks)[..., None, :, :, :]
+        queries = x.shape[-2] - within.shape[-1]
+        offsets = torch.cat([within, behind.expand(*within.shape[:-1], queries)], -1)
+        return self.weigh(x, self.scale(x[..., :-queries, :]), offsets)
+
+    def within_rows(self, tasks):
+        """What is added to the likeness of positions (down) to positions (across): (R, H, S, S)"""
+        place = torch.arange(tasks.position.shape[-1], device=tasks.position.device)
+        apart = (place - place[:, None]).expand(*(1,) * (tasks.position.dim() - 1), -1, -1)  # within a window
+        return self.offsets(apart, history_mask(tasks, causal=True).tril(-1).transpose(-1, -2))
+
+    def from_behind(self, tasks):
+        """The same for queries, which are all one place behind row 0's history: (H, S, 1)"""
+        return self.offsets(tasks.position.select(-2, 0)[..., None], query_mask(tasks)[..., None])
+
+    def offsets(self, ages, mask):
+        """ages and mask (M, N or 1) -> what is added to likeness (H, M, N or 1)"""
         offsets = look_up(self.by_age, ages.clamp(0, self.by_age.shape[-2] - 1)).movedim(-1, -3)
-        return past, offsets + hide(mask, past.dtype)[..., None, :, :]
+        return offsets + hide(mask, offsets.dtype)[..., None, :, :]
+
+    def scale(self, past):
+        """past (M, F) for each head (H, M, F), and not what is compared with it, which may be a whole catalogue."""
+        past = past[..., None, :, :]
+        return past * spread(self.likeness[..., None, :], past, 3)
 
     def weigh(self, x, past, offsets):
-        """x (N, F) and what `read` gives -> weights (N, M)"""
+        """x (N, F), past (H, M, F) and offsets (H, M, N or 1) -> weights (N, M)"""
         likeness = past.flatten(-3, -2) @ x.transpose(-1, -2)
         logits = likeness.unflatten(-2, past.shape[-3:-1]) + offsets  # (H, M, N)
         rest = spread(self.rest[..., None, None], logits, 3).expand(*logits.shape[:-2], 1, logits.shape[-1])

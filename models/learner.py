@@ -102,34 +102,27 @@ class Learner(nn.Module):
 
     def linear(self, tasks, tables):
         """Predictions as inner products with (1, what the head adapts, laid end to end): (R, S, 1 + P), (Q, 1 + P)."""
-        together = self.encoder.reads_queries and self.read_rating is None and tasks.items.shape[-2] == 1
-        read = self.features_together if together else self.features_apart
-        history, query, weights, of_query = read(tasks, tables)
-        if weights is None:
-            return history, query
-        ratings = F.pad(tasks.ratings[..., None], (0, history.shape[-1] - 1))
-        error = (ratings - history) * tasks.known[..., None]
-        return history + weights @ error, query + of_query @ error.select(-3, 0)
-
-    def features_apart(self, tasks, tables):
-        """What `linear` gives before errors are added, and the weights of these, or None: (R, S, S), (Q, S)."""
+        if self.encoder.reads_queries and self.read_rating is None and tasks.items.shape[-2] == 1:
+            return self.linear_of_one_row(tasks, tables)
         rows, of_items = look_up_all(tables, tasks.items), look_up_all(tables, tasks.query_items)
         states, weights, memory = self.read_states(tasks, rows)
         asked, of_query = self.ask_states(of_items, memory)
-        return self.head.linear(states, rows), self.head.linear(asked, of_items), weights, of_query
+        history, query = self.head.linear(states, rows), self.head.linear(asked, of_items)
+        if weights is None:
+            return history, query
+        error = linear_errors(history, tasks)
+        return history + weights @ error, query + of_query @ error.select(-3, 0)
 
-    def features_together(self, tasks, tables):
-        """The same for tasks of one row in half the calls: queries are further positions, which no other reads."""
+    def linear_of_one_row(self, tasks, tables):
+        """`linear` of tasks of one row in half the calls: queries are further positions, which no other reads."""
         parts, longer = [tasks.items.shape[-1], tasks.query_items.shape[-1]], append_queries(tasks)
         rows = look_up_all(tables, longer.items)
-        states, _ = self.encoder.read(rows["item_embedding"], longer)
-        history, query = self.head.linear(states, rows).split(parts, -2)
-        if self.errors is None:
-            return history, query.squeeze(-3), None, None
-        split = {name: values.split(parts, -2) for name, values in rows.items()}
-        weights, past = self.errors(tasks, {name: part for name, (part, _) in split.items()})
-        of_query = self.errors.ask({name: part.squeeze(-3) for name, (_, part) in split.items()}, past)
-        return history, query.squeeze(-3), weights, of_query
+        found = self.head.linear(self.encoder.read(rows["item_embedding"], longer)[0], rows)
+        if self.errors is not None:
+            error = linear_errors(found.split(parts, -2)[0], tasks)
+            found = found + self.errors.of_one_row(tasks, rows) @ error
+        history, query = found.split(parts, -2)
+        return history, query.squeeze(-3)
 
     def read_states(self, tasks, rows):
         """Of histories, from their items' rows: states (R, S, D), weights of earlier errors (R, S, S) or None, and what
@@ -147,6 +140,12 @@ class Learner(nn.Module):
         query = rows["item_embedding"]
         states = self.encoder.ask(query if rated is None else query + rated, past)
         return states, None if errors is None else self.errors.ask(rows, errors)
+
+
+def linear_errors(features, tasks):
+    """The errors of predictions that are inner products with (1, p), as such products too: both (R, S, 1 + P)."""
+    ratings = F.pad(tasks.ratings[..., None], (0, features.shape[-1] - 1))
+    return (ratings - features) * tasks.known[..., None]
 
 
 def hidden_size(options):
