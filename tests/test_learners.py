@@ -182,7 +182,9 @@ def test_joint_head_is_the_sum_of_its_terms():
 
 
 @pytest.mark.parametrize("windows", [1, 5])  # one row a task, or several
-@pytest.mark.parametrize(("reads", "head", "heads"), [(False, "plain", 0), (False, "joint", 0), (False, "joint", 2), (True, "joint", 2)])
+@pytest.mark.parametrize(
+    ("reads", "head", "heads"), [(False, "plain", 0), (False, "joint", 0), (False, "joint", 2), (True, "joint", 2)]
+)
 @pytest.mark.parametrize("model", tiny.LEARNERS)
 def test_predictions_are_inner_products_with_what_the_head_adapts(model, reads, head, heads, windows):
     learner, options = build(model, reads, head, n_items=40, error_heads=heads, num_samples=windows, num_masks=2)
