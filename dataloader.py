@@ -261,10 +261,8 @@ def part_lengths(used, width, cache):
     A part costs its blocks, see `block_costs`, and PART for its calls; only one of a single task outgrows `cache`.
     """
     n = len(used)
-    if n:
-        whole = block_costs(-(-used // width[0])[None], width[:1])[1][0, -1]
-        if whole <= cache and whole - (used + WEIGHTS).sum() < PART:  # no parts save the calls of another
-            return [n]
+    if n and is_one_part(used, width, cache):
+        return [n]
     cost, length = np.zeros(n + 1), np.empty(n, np.int64)  # of what follows each task, and of the part it begins
     for begin in reversed(range(0, n, STRIP)):
         sizes = part_sizes(used[begin:], width[begin : begin + STRIP], cache)
@@ -278,6 +276,15 @@ def part_lengths(used, width, cache):
         lengths.append(int(length[first]))
         first += lengths[-1]
     return lengths
+
+
+def is_one_part(used, width, cache):
+    """Whether a look at the least that two parts cost, and three, shows that no parts save the calls of another."""
+    n, first = len(used), np.arange(1, len(used))
+    whole = block_costs(-(-used // width[0])[None], width[:1])[1][0, -1]
+    two = (first * width[0] + (n - first) * width[1:]).min(initial=n * width[0])
+    saved = whole - WEIGHTS * n - np.array([max(two, used.sum()), used.sum()])
+    return whole <= cache and (saved < [PART, 2 * PART]).all()
 
 
 def part_sizes(used, width, cache):
