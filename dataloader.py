@@ -116,7 +116,7 @@ def sample_stretches(sequences, users, options, *stream):
     rng = random_stream(options.random_seed, *stream)
     count, longest = options.batch_size, options.max_seq_len - 1
     user = users[rng.integers(len(users), size=count)]
-    length = np.diff(sequences.offsets)[user]
+    length = sequences.offsets[user + 1] - sequences.offsets[user]
     n_query = np.minimum(rng.integers(1, options.num_query_set + 1, size=count), length - 1)
     most = np.minimum(longest, length - n_query)
     cut = rng.integers(1, most + 1)
@@ -435,8 +435,8 @@ def positions(length):
 def task_tables(items):
     """Each task's distinct items (T, U), padding first, and the place of `items` (T, N) in them."""
     items = np.concatenate([np.zeros((len(items), 1), items.dtype), items], axis=1)
-    order = np.argsort(items, axis=1, kind="stable")
-    ranked = np.take_along_axis(items, order, axis=1)
+    width = items.shape[1]  # numbers and places are sorted as one, which takes a fraction of argsort's time
+    ranked, order = np.divmod(np.sort(items * width + np.arange(width), axis=1), width)
     rank = np.cumsum(np.diff(ranked, axis=1, prepend=0) > 0, axis=1)
     slots = np.empty_like(rank)
     np.put_along_axis(slots, order, rank, axis=1)
