@@ -33,14 +33,17 @@ def test_posterior_is_the_ridge_regression_of_each_user():
     is_rated = sparse.csr_array(rng.random((4, 6)) < 0.5).astype(float)
     residual = is_rated * rng.normal(size=(4, 6))
     loading, noise = rng.normal(size=(6, 3)), 0.7
-    mean, moment = factor_analysis.user_posterior(sparse.csr_array(residual), is_rated, loading, noise)
+    effect = rng.normal(size=6)
+    ratings = sparse.csr_array(residual + is_rated * effect)
+    mean, moment = factor_analysis.user_posterior(ratings, is_rated, effect, loading, noise)
+    moment = factor_analysis.whole(moment, 3)
     for user in range(4):
         rows = loading[is_rated.toarray()[user] > 0]
         values = residual.toarray()[user][is_rated.toarray()[user] > 0]
         covariance = np.linalg.inv(rows.T @ rows / noise + np.eye(3))
         expected = covariance @ rows.T @ values / noise
         np.testing.assert_allclose(mean[user], expected, atol=1e-12)
-        np.testing.assert_allclose(moment[user].reshape(3, 3), covariance + np.outer(expected, expected), atol=1e-12)
+        np.testing.assert_allclose(moment[user], covariance + np.outer(expected, expected), atol=1e-12)
 
 
 def test_other_users_and_unrated_items_do_not_enter():
