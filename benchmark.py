@@ -274,8 +274,7 @@ def apart(function, *arguments):
 
 
 def measure_step(bench, form, count, n_items, more, steps=1):
-    """In a fresh process: (mean seconds of so many outer steps with optimizer and the mean of the weights, MB that
-    they added to the process)."""
+    """In a fresh process: (mean seconds of so many outer steps, MB that they added to the process)."""
     set_up(bench)
     options = settings(form, bench, *more)
     before = peak_memory(bench)
@@ -287,7 +286,6 @@ def measure_step(bench, form, count, n_items, more, steps=1):
     def take():
         for each in batches:
             training.train_step(system, run.optimizer, each, options, 1)
-            training.update_means(run.means, run.optimizer, 0.1)
 
     seconds = medians(bench, take)[0]
     return seconds / steps, peak_memory(bench) - before
@@ -690,7 +688,7 @@ def measure_items(bench, n_items):
     batch = training.own_share(*stretches(options, options.batch_size, n_items), options)
     run = training.new_run(system, None, options, None)
     seconds = medians(bench, lambda: training.train_step(system, run.optimizer, batch, options, 1))[0]
-    mean = medians(bench, lambda: training.update_means(run.means, run.optimizer, 0.1))[0]
+    mean = medians(bench, run.optimizer.catch_up)[0]
     held, begin = peak_memory(bench) - before, time.process_time()
     state = {name: part.state_dict() for name, part in (("system", run.average), ("last", system))}
     with tempfile.TemporaryDirectory() as folder:
@@ -699,7 +697,7 @@ def measure_items(bench, n_items):
     return {
         "memory of each process": (held, "MB"),
         "outer step": (1e3 * seconds, "ms"),
-        "mean of the weights": (1e3 * mean, "ms"),
+        "mean of the weights, before a validation": (1e3 * mean, "ms"),
         "checkpoint": (size, "MB"),
         "saving": (time.process_time() - begin, "s"),
         "most memory in saving": (peak_memory(bench) - before, "MB"),

@@ -173,6 +173,7 @@ def member_groups(member, options):
             "initial_lr": rate,
             "weight_decay": options.weight_decay if name == "encoder" else 0.0,
             "eps": EPSILON,
+            "by_rows": options.sparse_items and name in ("embedding", "items"),
         }
         for name, rate in rates.items()
         if parameters[name]
@@ -330,22 +331,22 @@ class Run(NamedTuple):
     """What the loop works on: constant through a run, but for what `loop` holds."""
 
     system: maml.Ensemble  # what is trained
-    average: maml.Ensemble  # with the running mean of its weights: what is validated and tested
+    average: maml.Ensemble  # with the running mean of its weights, see `RowAdamW`: what is validated and tested
     problem: Problem
     options: object
     folder: Path
-    optimizer: torch.optim.Optimizer
-    means: list  # the running means of the parameters that the optimizer moves
+    optimizer: RowAdamW  # which moves both
     loop: dict  # all that changes beside parameters and optimizer; goes into checkpoints
 
 
 def new_run(system, problem, options, folder):
     """A run of a fresh system, before its first iteration."""
-    optimizer, average = RowAdamW(parameter_groups(system, options)), copy.deepcopy(system)
+    average = copy.deepcopy(system)
     for member, copied in zip(system.members, average.members, strict=True):
         copied.learner.share_shifts(member.learner)
     means = parameters_of(parameter_groups(average, options))
-    return Run(system, average, problem, options, folder, optimizer, means, new_loop())
+    optimizer = RowAdamW(parameter_groups(system, options), means, options.average)
+    return Run(system, average, problem, options, folder, optimizer, new_loop())
 
 
 def fit(system, problem, options, folder):
@@ -476,13 +477,10 @@ def copy_first(run):
     moments = run.optimizer.state_dict()["state"]
     loop, numbers = processes.from_first([run.loop, sorted(moments)])
     run.loop.update(loop)
-    parameters = parameters_of(run.optimizer.param_groups)
+    pairs = [(group, p) for group in run.optimizer.param_groups for p in group["params"]]
     for number in numbers:
         if number not in moments:
-            state = run.optimizer.state[parameters[number]]
-            p = parameters[number].detach()
-            state["step"] = torch.zeros((), device=p.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            run.optimizer.begin(*pairs[number])
     moments = run.optimizer.state_dict()["state"]
     tensors = [tensor for number in numbers for _, tensor in sorted(moments[number].items())]
     whole = [*run.system.buffers(), *run.system.parameters(), *run.average.state_dict().values()]
@@ -514,11 +512,12 @@ def is_sound(loop, fresh, step):
 
 def load_moments(optimizer, state, source):
     """Load what AdamW knows of its parameters, {number: moments}; UserError where it does not fit them."""
-    parameters = parameters_of(optimizer.param_groups)
-    shapes = {
-        number: {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
-        for number, p in enumerate(parameters)
-    }
+    shapes = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            whole = tuple(p.shape)
+            of_rows = {"met": whole[:1], "mean": whole} if group["by_rows"] else {}
+            shapes[len(shapes)] = {"step": (), "exp_avg": whole, "exp_avg_sq": whole, **of_rows}
     for number, moments in state.items():
         values = moments if isinstance(moments, dict) else {}
         found = {name: tuple(value.shape) for name, value in values.items() if isinstance(value, torch.Tensor)}
@@ -553,7 +552,7 @@ def save(run, best=False):
     if not processes.is_first():
         return
     state = {
-        "system": run.average.state_dict(),
+        "system": average_state(run),
         "last": run.system.state_dict(),
         "optimizer": run.optimizer.state_dict()["state"],
         "loop": run.loop,
@@ -566,6 +565,13 @@ def save(run, best=False):
         runs.save_best(run.folder, iteration, state)
     else:
         runs.save_checkpoint(run.folder, iteration, state, run.options.keep_checkpoints)
+
+
+def average_state(run):
+    """The state of `run.average` after all steps so far, of which the means of some rows may not have met all."""
+    means = {mean: run.optimizer.mean_of(p) for p, mean in run.optimizer.means.items()}
+    tables = {name: means[mean] for name, mean in run.average.named_parameters() if mean in means}
+    return run.average.state_dict() | tables
 
 
 def set_rates(run, iteration):
@@ -596,24 +602,16 @@ def train_iteration(run, batch):
             raise
         loop["skipped"] += 1
     else:
-        begun = iteration > loop["skipped"]
-        update_means(run.means, run.optimizer, 1 - options.average if begun else 1)
         loop["sums"] = [total + figure for total, figure in zip(loop["sums"], figures, strict=True)]
         loop["since"] += 1
     loop["iteration"] += 1
     return drawn[0]
 
 
-@torch.no_grad()
-def update_means(means, optimizer, share):
-    """Move the means of an optimizer's parameters towards them, by a share of the way."""
-    for mean, p in zip(means, parameters_of(optimizer.param_groups), strict=True):
-        mean.lerp_(p, share)
-
-
 def validate(run, log, bar):
     """Score the validation users, log, and keep the best checkpoint."""
     loop, options = run.loop, run.options
+    run.optimizer.catch_up()
     scored = score_validation(run)
     error, _ = metrics.rmse((scored.prediction - scored.target) ** 2)
     if not math.isfinite(error):

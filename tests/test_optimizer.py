@@ -1,4 +1,6 @@
-"""The row-wise optimizer equals torch's own, and moves no other row."""
+"""The row-wise optimizer equals torch's own, and moves no other row; so do its means."""
+
+import copy
 
 import pytest
 import tiny
@@ -76,6 +78,33 @@ def test_clipping_equals_torchs(limit):
         norm = clip(tables, limit)
         found.append([norm, *(table.grad.to_dense() for table in tables)])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("keep", [0.0, 0.9])
+def test_means_are_those_of_a_step_at_a_time(sparse, keep):
+    """Of rows, too, that most steps do not use, whenever they are asked for or loaded into another optimizer."""
+    options = tiny.options(model="gru4rec", init_items="random", average=keep, sparse_items=sparse, warmup=1)
+    run = training.new_run(tiny.ensemble(options), None, options, None)
+    expected = {}
+    for step in range(9):
+        training.train_step(run.system, run.optimizer, tiny.training_batch(options, step), options, step)
+        for name, value in run.system.state_dict().items():
+            expected[name] = torch.lerp(expected[name], value, 1 - keep) if step else value.clone()
+        if step == 4:
+            run.optimizer.catch_up()
+        if step > 5:
+            torch.testing.assert_close(training.average_state(run), expected, rtol=1e-5, atol=1e-7)
+    assert sparse == any(not mean.equal(run.optimizer.mean_of(p)) for p, mean in run.optimizer.means.items())
+    other = training.new_run(tiny.ensemble(options), None, options, None)
+    other.system.load_state_dict(run.system.state_dict())
+    other.average.load_state_dict(training.average_state(run))
+    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    for each in (run, other):
+        training.train_step(each.system, each.optimizer, tiny.training_batch(options, 10), options, 10)
+        each.optimizer.catch_up()
+    for name, value in run.average.state_dict().items():
+        assert torch.equal(value, other.average.state_dict()[name])
 
 
 @pytest.mark.parametrize("chunk", [0, 2])
