@@ -18,7 +18,7 @@ demo: setup
 	.venv/bin/python compare.py --demo
 
 test: setup
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: setup
 	.venv/bin/python -m ruff check
