@@ -7,8 +7,9 @@
     python benchmark.py --only processes scaling           # two processes; slopes for docs/SCALING.md
     python benchmark.py --json > figures.json              # for machines
 
-Options of main.py (--bert_hidden_units=64, --model=narm, ...) hold for all sections. Form "paper" is
---paper_form=True: every parameter adapted, 25 windows, 16 tasks; form "default" is what main.py does.
+Options of main.py (--bert_hidden_units=64, ...) hold for all sections. --models chooses learners; sections catalogue,
+tasks, steps, processes and scaling measure the first. Form "paper" is --paper_form=True: every parameter adapted, 25
+windows, 16 tasks; form "default" is what main.py does, but that item tables start at random.
 """
 
 import argparse
@@ -276,7 +277,7 @@ def apart(function, *arguments):
 def measure_step(bench, form, count, n_items, more, steps=1):
     """In a fresh process: (mean seconds of so many outer steps, MB that they added to the process)."""
     set_up(bench)
-    options = settings(form, bench, *more)
+    options = settings(form, bench, f"--model={bench.models[0]}", *more)
     before = peak_memory(bench)
     system, (sequences, drawn) = build(options, bench, n_items), stretches(options, count * steps, n_items)
     parts = (dataloader.take(drawn, numbers) for numbers in np.split(np.arange(count * steps), steps))

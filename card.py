@@ -30,8 +30,8 @@ parameters, but no user's ratings or id.
 ## Limits
 
 Items that are not in the file cannot be predicted. A user's {support} most recent ratings are used. A user without a
-known rating gets the unadapted prediction. Predicted ratings say what users like who rated in these data; they were
-not tested on users of another kind.
+known rating gets the unadapted prediction. Predictions were tested on users like those of these data, and on no
+others.
 
 ## Options
 

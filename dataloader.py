@@ -25,7 +25,7 @@ class Tasks(NamedTuple):
     table: torch.Tensor  # (T, U) catalogue numbers, 1-based, of the items that the task uses
     items: torch.Tensor  # (B, R, S) places in the task's table
     ratings: torch.Tensor  # (B, R, S) standardised ratings
-    segment: torch.Tensor  # (B, R, S) number of the window in its row, from 1
+    segment: torch.Tensor  # (B, R, S) number of the window, from 1; 0 = nothing
     position: torch.Tensor  # (B, R, S) counted from the window's end, which is 1
     known: torch.Tensor  # (B, R, S) whether the learner may read the rating
     support: torch.Tensor  # (B, R, S) whether the position counts in the support loss
@@ -110,8 +110,9 @@ class Stretches(NamedTuple):
 def sample_stretches(sequences, users, options, *stream):
     """Draw `batch_size` training tasks; the same (random_seed, stream) draws the same tasks.
 
-    A task is a random stretch of a random user's sequence: its support is cut to a random length in half of the
-    tasks, and the one to `num_query_set` ratings that follow are the queries, each asked as the next one.
+    A task is a random stretch of a random user's sequence: its support is cut to a random length in a share of
+    1 - `full_support` of the tasks, and the one to `num_query_set` ratings that follow are the queries, each asked as
+    the next one.
     """
     rng = random_stream(options.random_seed, *stream)
     count, longest = options.batch_size, options.max_seq_len - 1
@@ -346,7 +347,7 @@ def cut(tasks):
 
 
 def shares_starts(options):
-    """Whether what is computed at a position of a window hangs on the window's start alone, not on its end."""
+    """Whether what is computed at a position of a window depends on the window's start alone, not on its end."""
     reads_end = options.use_adaptive_loss and options.loss_network != "lstm"  # recency is a feature of the others
     return options.model in ("narm", "gru4rec") and not reads_end
 

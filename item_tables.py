@@ -1,7 +1,7 @@
 """Where the learner's item tables start: fitted to the training users, once by all of them and once without each part.
 
 A table fitted to a user's own ratings knows them, and a learner trained on such users would trust it too much: a new
-user's ratings are in no table. So a training user meets tables that were fitted without his part of the users.
+user's ratings are in no table. So a training user meets tables that were fitted without their part of the users.
 """
 
 import numpy as np

@@ -191,7 +191,7 @@ def add_learner_options(parser):
     add("num_factors", 16, count(1), "width of item factors and user vector (joint head)")
     add("error_heads", 2, count(0), "heads of the attention over a user's earlier errors (joint head); 0 = none")
     add("init_items", "factors", str, "start of the item tables (joint head)", choices=["factors", "random"])
-    add("cross_fit", 4, count(0), "factors: training users meet tables fitted without their part of so many; 0 = all")
+    add("cross_fit", 4, count(0), "parts of the training users, of which each meets tables fitted without it; 0 = none")
     add("factor_prior", 10.0, real(1e-6), "factors: pseudo-ratings that pull each item's factors to 0")
     add("model_init_seed", 5, count(0, 2**32 - 1), "seed of the initial weights")
     add("bert_num_blocks", 2, count(1), "blocks of BERT4Rec and SASRec")
@@ -213,7 +213,7 @@ def add_inner_options(parser):
         "inner_rates",
         "element",
         str,
-        "one learned rate and step per tensor or per element",
+        "one learned rate per tensor or per element, for each step",
         choices=["tensor", "element"],
     )
     add(
@@ -274,7 +274,7 @@ def add_outer_options(parser):
         count(1),
         "learners that are trained side by side, each with a seed of its own; predictions are their mean",
     )
-    add("balance", 0.0, real(0, 10), "power of its rarity by which a rating counts in the meta-objective; 0 = alike")
+    add("balance", 0.0, real(0, 10), "power of its rarity that a rating counts in the meta-objective; 0 = all alike")
     add("warmup", 50, count(1), "iterations over which all rates rise")
     add("weight_decay", 0.01, real(0), "decoupled weight decay of the encoder")
     add(
@@ -327,7 +327,7 @@ def add_run_options(parser):
         "use repeatable operations alone on a GPU, or stop where there is none; without it the same command "
         "gives the same bits on a CPU with the same number of threads, and on a GPU may differ in the last digits",
     )
-    add("test", False, bool, "evaluate a checkpoint on the test users")
+    add("test", False, bool, "evaluate a run's checkpoint, with the options it was trained with, on its test users")
     add("test_baseline", False, bool, "with --test: the simple predictors beside it")
 
 
@@ -339,7 +339,7 @@ def build_parser(description, *parts):
         allow_abbrev=False,
     )
     add = group(parser, "preset")
-    add("paper_form", False, true_or_false, "set all options below to the published method's; given ones still count")
+    add("paper_form", False, true_or_false, "options below as in the published method; given ones still count")
     for part in parts:
         part(parser)
     return parser
@@ -403,7 +403,7 @@ def same_kind(value, other):
 
 
 def check(options):
-    """Refuse impossible combinations, and settle the defaults that hang on other options."""
+    """Refuse impossible combinations, and settle the defaults that depend on other options."""
     if options.model in ("bert4rec", "sasrec") and options.bert_hidden_units % options.bert_num_heads:
         sizes = f"--bert_hidden_units={options.bert_hidden_units}", f"--bert_num_heads={options.bert_num_heads}"
         raise UserError(f"{sizes[0]} must be a multiple of {sizes[1]}")

@@ -133,7 +133,7 @@ def pair_rows(recommender, pairs, threads):
 
 
 def in_parts(users, work, threads):
-    """(part, work(part)) for a few users after the other, several at a time, with progress on a terminal."""
+    """(part, work(part)) for a few users at a time, several such in parallel, with progress on a terminal."""
     parts = [users[first : first + USERS_AT_ONCE] for first in range(0, len(users), USERS_AT_ONCE)]
     bar = tqdm(total=len(users), unit=" users", delay=2, leave=False, disable=not sys.stderr.isatty())
     with bar, ThreadPoolExecutor(threads) as pool:

@@ -207,7 +207,7 @@ class Recommender:
         return sum(score(*pair, tasks, at_once) for pair in zip(members, fast, strict=True)) / len(members)
 
     def _scores(self, supports, numbers=None):
-        """(number of the first user, `_score` (T, Q)) for a few users after the other; see SCORED_AT_ONCE."""
+        """(number of the first user, `_score` (T, Q)) for a few users at a time; see SCORED_AT_ONCE."""
         for begin in range(0, len(supports), ADAPTED_AT_ONCE):
             tasks, fast = self._adapt(supports[begin : begin + ADAPTED_AT_ONCE])
             items = None if numbers is None else padded(numbers[begin : begin + ADAPTED_AT_ONCE]).to(self.device)
@@ -291,7 +291,7 @@ def moved(table, tasks, rows):
 
 
 def padded(numbers):
-    """Arrays of catalogue numbers as one tensor (T, Q) with 0 behind the shorter ones."""
+    """Arrays of catalogue numbers as one tensor (T, Q) with 0 after the shorter ones."""
     out = np.zeros((len(numbers), max(1, *map(len, numbers))), np.int64)
     for row, each in zip(out, numbers, strict=True):
         row[: len(each)] = each

@@ -5,7 +5,7 @@
         config.json                     options, versions, data fingerprint, command, continuations
         checkpoints/step-00000100.pt    after iteration 100; the last few are kept
         checkpoints/best.pt             the best of validation
-        events.out.tfevents.*           for TensorBoard: one of each process that trained, and one of the test
+        events.out.tfevents.*           for TensorBoard: one of each start, and one of the test
         projector/, projector_config.pbtxt    likewise: the items, once the run has ended
         test.json                       what --test found
 
@@ -243,7 +243,9 @@ def start_anew(folder, overwrite=False):
     """Make a locked folder ready for a new run; UserError where it holds one already and not `overwrite`."""
     files = [*find_checkpoints(folder).values(), *Path(folder).glob("checkpoints/best.pt")]
     if files and not overwrite:
-        raise UserError(f"{folder} holds a run already: go on with --resume or choose another --log_dir")
+        raise UserError(
+            f"{folder} holds a run already: go on with --resume, begin anew with --overwrite, or give another --log_dir"
+        )
     for pattern in ("events.out.tfevents.*", "projector*", "projector/*.tsv", "test.json"):
         files += filter(Path.is_file, Path(folder).glob(pattern))
     for path in files:

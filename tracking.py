@@ -23,16 +23,16 @@ from {low:g} to {high:g}; {n_parameters:,} parameters on {device}.
 
 * **Custom Scalars**: is training healthy? `validation/rmse` should fall below the simple predictors' lines, and below \
 `validation/rmse_unadapted`, or adapting is of no use.
-* **Histograms**: `inner_rate` and `inner_damping`, the learned step sizes of each part that adapts to a user, and by \
-how many ratings users with few of them are held back; `loss_weight`, what ratings count in a user's loss (1: as in \
-the squared error).
+* **Histograms**: `inner_rate` and `inner_damping`, the learned step sizes of each part that adapts to a user, and how \
+strongly users with few ratings are kept near the start, in ratings; `loss_weight`, what ratings count in a user's \
+loss (1: as in the squared error).
 * **HParams**: options and final figures of all runs. **Projector**: the items of the best checkpoint, \
 when a run has ended.
 """
 
 
 def open_log(run):
-    """An `EventLog` in the run's folder; a run that goes on replaces the points behind its checkpoint.
+    """An `EventLog` in the run's folder; a run that goes on replaces the points after its checkpoint.
 
     It also knows the RMSE of simple predictors on the validation users, in `simple`. Says what is to be trained.
     """

@@ -41,7 +41,7 @@ class Problem(NamedTuple):
 
 
 def load_problem(options):
-    """Read the ratings and split their users; users without any support rating are left out of train and test."""
+    """Read the ratings and split their users; users without any support rating are left out."""
     with processes.one_by_machine():  # the others map its cache into memory
         ratings = datasets.load_ratings(options)
     train, validation, test = dataloader.split_users(len(ratings.user_ids), options)

@@ -1,4 +1,4 @@
-"""Small things that every script shares: errors, seeds, devices, metrics."""
+"""Small things that every script shares: errors, seeds, devices."""
 
 import ctypes
 import os

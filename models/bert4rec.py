@@ -45,7 +45,7 @@ class BERT4Rec(nn.Module):
 
 
 class BERTBlock(nn.Module):
-    """Attention and a GELU network of width 4 D, each with a residual path and a norm behind it."""
+    """Attention and a GELU network of width 4 D, each with a residual path and a norm after it."""
 
     def __init__(self, hidden, heads):
         super().__init__()

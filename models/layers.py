@@ -6,7 +6,7 @@ on the other queries nor on their number: histories are read once, and then a wh
 
 All this holds for one task or, with a dimension T in front of every shape, for T tasks at once, each with parameters
 of its own (T, ...) where it has been adapted: the inner loop of all tasks is one computation. Queries that are the
-same for all tasks may lack the dimension T; what does not hang on the history is then computed once for all.
+same for all tasks may lack the dimension T; what does not depend on the history is then computed once for all.
 """
 
 import torch

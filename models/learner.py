@@ -76,7 +76,7 @@ class Learner(nn.Module):
     def predict(self, tasks, tables, at_once=None):
         """Predictions of one task: (R, S) for its positions, (Q,) for its queries, in standard deviations.
 
-        Queries are answered `at_once` after the other.
+        Queries are answered `at_once` at a time.
         """
         history, memory = self.read(tasks, tables)
         parts = tasks.query_items.split(at_once or tasks.query_items.shape[-1], -1)

@@ -1,9 +1,9 @@
 """The task-adaptive loss: how much each support rating of a user counts in the inner steps (MELO).
 
-A loss network is called once per inner step with one task's predictions and returns half the slope of each
-position's loss in its prediction, (R, S): the weighted error, or what a learned loss gives. Weights are non-negative
-and have mean 1 over the task's support positions, so that weighting is not confounded with step size; a fresh network
-gives the identity weighting.
+A loss network is called once per inner step with the tasks' predictions and returns half the slope of each position's
+loss in its prediction, (B, R, S): the weighted error (mlp, lstm), or that of a loss learned beside the squared one
+(metal). Weights are positive, and with --normalize_loss=True of mean 1 over a user's support, so that weighting is not
+confounded with step size. A fresh network gives the squared error.
 """
 
 import math
@@ -77,7 +77,7 @@ def task_features(known, prediction, tasks, options):
 
 
 def known_features(tasks, options):
-    """The features that hang on no prediction, the same at every inner step."""
+    """The features that depend on no prediction, the same at every inner step."""
     mean, std, count = user_statistics(tasks)
     of_ratings = {"labels": tasks.ratings, "rating_mean": mean, "rating_std": std}
     longest = options.max_seq_len
