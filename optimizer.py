@@ -42,16 +42,16 @@ class RowAdamW(torch.optim.AdamW):
         if not self.state[p]:
             self.begin(group, p)
         state, (first, second) = self.state[p], group["betas"]
-        rows, values = gradient.indices()[0], gradient.values()
+        rows, values, steps = gradient.indices()[0], gradient.values(), float(state["step"])
         if "met" in state:
             self.means[p].index_copy_(0, rows, self.mean_of_rows(p, rows))
-            state["met"].index_fill_(0, rows, float(state["step"]))
+            state["met"].index_fill_(0, rows, steps)
         state["step"] += 1
+        steps += 1
         mean = state["exp_avg"].index_select(0, rows).lerp_(values, 1 - first)
         square = state["exp_avg_sq"].index_select(0, rows).lerp_(values.square(), 1 - second)
         state["exp_avg"].index_copy_(0, rows, mean)
         state["exp_avg_sq"].index_copy_(0, rows, square)
-        steps = float(state["step"])
         scale = (square / (1 - second**steps)).sqrt_() + group["eps"]
         p.index_add_(0, rows, mean / scale, alpha=-group["lr"] / (1 - first**steps))
 
