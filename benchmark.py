@@ -562,14 +562,13 @@ def train_to(goal, problem, options, bench):
 # several processes
 
 
-def together(count, function, *arguments, connected=True):
-    """What a function gives in each of `count` fresh processes at the same time, in their order."""
+def together(count, function, *arguments):
+    """What a function gives in each of `count` fresh processes at the same time, in their order; they are connected."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-        places = [(rank, count) if connected else (0, 1) for rank in range(count)]
-        done = [pool.submit(as_process, *place, port, function, *arguments) for place in places]
+        done = [pool.submit(as_process, rank, count, port, function, *arguments) for rank in range(count)]
         return [each.result() for each in done]
 
 
@@ -582,28 +581,51 @@ def as_process(rank, count, port, function, *arguments):
     return function(*arguments)
 
 
-def measure_steps(bench, form, count, batch, double=False, chunk=0):
-    """Take `count` outer steps of `batch` tasks on the CPU: (median wall and processor seconds of one, all
-    parameters (n,))."""
+def take_turns(bench, form, batch):
+    """In each of two processes: what an outer step of `batch` tasks takes process 0 alone, both together, and each
+    with tasks of its own, {way: median (wall, processor) seconds}.
+
+    The ways take turns, step by step, so that what else the machine does slows all alike.
+    """
+    set_up(bench)
+    options = settings(form, bench, f"--model={bench.models[0]}", f"--batch_size={batch}")
+    system, sequences = build(options, bench), synthetic()
+    optimizer = RowAdamW(training.parameter_groups(system, options))
+    users, drawn, alone = np.arange(len(sequences.offsets) - 1), {}, processes.Place()
+    ways = {"one": alone if processes.is_first() else None, "two": processes.place, "own": alone}
+    times = {way: [] for way, place in ways.items() if place}
+
+    def step(way, turn):
+        def draw(number=turn + 1):
+            drawn[way] = training.draw_batch(sequences, users, options, number)
+
+        with mock.patch.object(processes, "place", ways[way]):
+            if not turn:
+                draw(0)
+            begin, cpu = time.perf_counter(), time.process_time()
+            training.train_step(system, optimizer, drawn[way], options, turn, draw)
+            return time.perf_counter() - begin, time.process_time() - cpu
+
+    for turn in range(1 + bench.reps * bench.steps):
+        for way in ways:
+            processes.barrier()
+            if way in times:
+                times[way].append(step(way, turn))
+    return {way: tuple(map(statistics.median, zip(*found[1:], strict=True))) for way, found in times.items()}
+
+
+def measure_parameters(bench, form, count, batch, double=False, chunk=0):
+    """All parameters (n,) after `count` outer steps of `batch` tasks on the CPU."""
     set_up(bench)
     more = f"--model={bench.models[0]}", f"--batch_size={batch}", f"--task_chunk={chunk}"
     options = settings(form, bench, *more)
     system, sequences = build(options, bench), synthetic()
     system = system.double() if double else system
-    optimizer = RowAdamW(training.parameter_groups(system, options))
-    users, times, drawn = np.arange(len(sequences.offsets) - 1), [], []
-
-    def draw():
-        share = training.draw_batch(sequences, users, options, len(drawn))
-        drawn.append(in_double(share) if double else share)
-
-    draw()
+    optimizer, users = RowAdamW(training.parameter_groups(system, options)), np.arange(len(sequences.offsets) - 1)
     for iteration in range(count):
-        begin, cpu = time.perf_counter(), time.process_time()
-        training.train_step(system, optimizer, drawn[iteration], options, iteration, draw)
-        times.append((time.perf_counter() - begin, time.process_time() - cpu))
-    parameters = torch.cat([p.detach().flatten() for p in system.parameters()]).numpy()
-    return *map(statistics.median, zip(*times, strict=True)), parameters
+        share = training.draw_batch(sequences, users, options, iteration)
+        training.train_step(system, optimizer, in_double(share) if double else share, options, iteration)
+    return torch.cat([p.detach().flatten() for p in system.parameters()]).numpy()
 
 
 def in_double(batch):
@@ -621,25 +643,21 @@ def bench_processes(bench):
         rows += speed_of_processes(bench, form, batch) + speed_of_processes(bench, form, 4 * batch)
         precisions = {"double": (True, 0), "single": (False, 0), "single, --task_chunk": (False, batch // 2)}
         for name, how in precisions.items():
-            one, two = (together(count, measure_steps, bench, form, 20, batch, *how)[0][2] for count in (1, 2))
+            one, two = (together(count, measure_parameters, bench, form, 20, batch, *how)[0] for count in (1, 2))
             rows.append(row(f"{form}: parameters differ by, {name}", float(abs(one - two).max()), "", at_most=1e-6))
     return rows
 
 
 def speed_of_processes(bench, form, batch):
     """Figures of one process, of two that share a meta-batch of so many tasks, and of two with one each."""
-    runs_of = {(1, True): [], (2, True): [], (2, False): []}
-    for _ in range(bench.reps):
-        for (count, connected), found in runs_of.items():
-            found.append(together(count, measure_steps, bench, form, bench.steps, batch, connected=connected))
-    one, two, alone = (statistics.median(rep[0][0] for rep in found) for found in runs_of.values())
-    work = [statistics.median(max(each[1] for each in rep) for rep in found) for found in runs_of.values()]
-    what = f"{form}, {batch} tasks"
+    both, what = together(2, take_turns, bench, form, batch), f"{form}, {batch} tasks"
+    (one, work), two = both[0]["one"], both[0]["two"][0]
+    busier, alone = max(each["two"][1] for each in both), max(each["own"][0] for each in both)
     return [
         row(f"{what}: one process", batch / one, "tasks/s"),
         row(f"{what}: two processes", batch / two, "tasks/s"),
         row(f"{what}: two over one", one / two, "x", at_least=1.6),
-        row(f"{what}: the same, by processor time", work[0] / work[1], "x"),
+        row(f"{what}: the same, by processor time", work / busier, "x"),
         row(f"{what}: two with batches of their own, over one", 2 * one / alone, "x"),
     ]
 

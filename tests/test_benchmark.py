@@ -52,7 +52,7 @@ def test_spread_tasks_hold_the_same_windows_one_a_row():
 
 def test_all_sections_print_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "apart", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(benchmark, "together", lambda count, function, *given, **_: [function(*given)] * count)
+    monkeypatch.setattr(benchmark, "together", lambda count, function, *given: [function(*given)] * count)
     small = [
         "--users=8",
         "--tasks=4",
@@ -85,10 +85,10 @@ def test_sections_are_chosen_and_printed_as_a_table():
 
 def test_two_processes_have_the_parameters_of_one():
     bench = benchmark.parse(["--device=cpu", "--models", "gru4rec", *TINY])
-    alone = benchmark.measure_steps(bench, "default", 20, 5, True)[2]
-    both = benchmark.together(2, benchmark.measure_steps, bench, "default", 20, 5, True)
-    assert len(both) == 2 and (both[0][2] == both[1][2]).all()
-    assert abs(both[0][2] - alone).max() < 1e-6
+    alone = benchmark.measure_parameters(bench, "default", 20, 5, True)
+    both = benchmark.together(2, benchmark.measure_parameters, bench, "default", 20, 5, True)
+    assert len(both) == 2 and (both[0] == both[1]).all()
+    assert abs(both[0] - alone).max() < 1e-6
 
 
 def test_apart_runs_in_another_process():
