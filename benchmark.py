@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import socket
 import statistics
@@ -265,7 +266,8 @@ def peak_memory(bench):
     """Most memory this process has held, in MB."""
     if bench.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    status = Path("/proc/self/status").read_text()  # getrusage would give a new process the peak of its parent
+    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 1e3
 
 
 def apart(function, *arguments):

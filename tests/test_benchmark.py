@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -91,8 +92,10 @@ def test_two_processes_have_the_parameters_of_one():
     assert abs(both[0] - alone).max() < 1e-6
 
 
-def test_apart_runs_in_another_process():
+def test_apart_runs_in_another_process_with_memory_of_its_own():
     assert benchmark.apart(os.getpid) != os.getpid()
+    held, bench = np.ones(10**8), benchmark.parse(["--device=cpu"])
+    assert benchmark.apart(benchmark.peak_memory, bench) < held.nbytes / 1e6 < benchmark.peak_memory(bench)
 
 
 @pytest.mark.parametrize("wrong", [["--only", "cooking"], ["--model=lstm"], ["--reps=0"], ["--fold=9"]])
