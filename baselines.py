@@ -215,6 +215,7 @@ def reference_rmse(ratings, train_users, users, max_seq_len, num_targets):
     """
     length, longest = np.diff(ratings.offsets), max_seq_len - 1
     pairs = [last_support(ratings, users[length[users] > back + 1], longest, back) for back in range(num_targets)]
+    pairs = [(support, target) for support, target in pairs if len(target)]
     effects = fit_effects(ratings, train_users)
     found = {"damped means": [partial(predict_effects, *effects, damping) for damping in USER_DAMPING]}
     if length[train_users].sum() <= MOST_FACTORISED:

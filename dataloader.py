@@ -84,7 +84,8 @@ def standardise(ratings, train, balance=0.0):
     values = ratings.values[of_train].astype(np.float64)
     mean, std = float(values.mean()), float(values.std()) or 1.0
     standard = ((ratings.values - mean) / std).astype(np.float32)
-    share = np.bincount(np.searchsorted(ratings.levels, values), minlength=len(ratings.levels)) / len(values)
+    level = metrics.nearest_level(values, ratings.levels)  # where ratings have many values, levels stand for several
+    share = np.bincount(level, minlength=len(ratings.levels)) / len(values)
     weights = np.where(share > 0, share, 1.0) ** -balance
     weights /= weights @ share
     levels = (ratings.levels - mean) / std

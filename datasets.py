@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+import metrics
 from download import EDITIONS, download_edition
 from layouts import check_options
 from options import add_data_options
@@ -297,7 +298,7 @@ def describe(columns, levels, longest):
     tied = (np.diff(columns.users) == 0) & (np.diff(columns.times) == 0)
     ties = np.append(tied, False) | np.append(False, tied)
     days = [str(np.datetime64(int(time), "s"))[:10] for time in (columns.times.min(), columns.times.max())]
-    histogram = np.bincount(nearest(columns.ratings, levels), minlength=len(levels))
+    histogram = np.bincount(metrics.nearest_level(columns.ratings, levels), minlength=len(levels))
     return {
         "users": len(lengths),
         "items": len(np.unique(columns.items)),
@@ -309,11 +310,6 @@ def describe(columns, levels, longest):
         "first day": days[0],
         "last day": days[1],
     }
-
-
-def nearest(values, levels):
-    """(n,) numbers of the levels that are nearest to `values`."""
-    return np.searchsorted((levels[1:] + levels[:-1]) / 2, values)
 
 
 def balance(histogram):
@@ -341,7 +337,7 @@ def plot(file, ratings):
     """Save a picture of the filtered ratings: their histogram, users' lengths and users' balance."""
     from matplotlib.figure import Figure  # takes a second to import
 
-    level = nearest(ratings.values, ratings.levels)
+    level = metrics.nearest_level(ratings.values, ratings.levels)
     lengths, n_levels = np.diff(ratings.offsets), len(ratings.levels)
     of_user = np.repeat(np.arange(len(lengths)), lengths)
     histograms = np.bincount(of_user * n_levels + level, minlength=len(lengths) * n_levels).reshape(-1, n_levels)

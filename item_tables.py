@@ -4,15 +4,19 @@ A table fitted to a user's own ratings knows them, and a learner trained on such
 user's ratings are in no table. So a training user meets tables that were fitted without their part of the users.
 """
 
+import contextlib
+
 import numpy as np
 from scipy import linalg, sparse
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 import factor_analysis
 from models.learner import hidden_size
+from utils import UserError
 
 SHRINK = 20.0  # users that are added to an item's, so that rare items lie close to none
 LENGTH = 2.0  # of each item's embedding
+MOST_DENSE = 10_000  # items whose common users fit a matrix
 
 
 def fit(sequences, users, n_items, options):
@@ -52,14 +56,22 @@ def embed(sequences, users, n_items, width):
     scale = (count + SHRINK) ** -0.5
     rated = sparse.csr_array((scale[item], (user, item)), (len(users), n_items))
     own = count * scale**2
-    if n_items <= 4 * width:  # too small for Lanczos' method
-        values, vectors = np.linalg.eigh((rated.T @ rated).toarray() - np.diag(own))
-    else:
-        common = LinearOperator((n_items,) * 2, lambda v: rated.T @ (rated @ v.ravel()) - own * v.ravel(), dtype=float)
-        values, vectors = eigsh(common, width + 1, which="LA", v0=np.ones(n_items))
+    values, vectors = leading(rated, own, width)
     best = np.argsort(-values, kind="stable")[1 : width + 1]
     found = vectors[:, best] * np.sqrt(np.maximum(values[best], 0))
     found *= np.where(found[np.abs(found).argmax(0), np.arange(len(best))] < 0, -1.0, 1.0)
     length = np.linalg.norm(found, axis=1, keepdims=True)
     found = np.divide(LENGTH * found, length, out=np.zeros_like(found), where=(length > 1e-9) & (count > 0)[:, None])
     return np.pad(found, ((0, 0), (0, width - len(best))))
+
+
+def leading(rated, own, width):
+    """The width + 1 largest eigenvalues of rated^T rated - diag(own), or all of them, and their vectors as columns."""
+    size = len(own)
+    if size > 4 * width:
+        common = LinearOperator((size, size), lambda v: rated.T @ (rated @ v.ravel()) - own * v.ravel(), dtype=float)
+        with contextlib.suppress(ArpackError):  # of few users, whose ratings span too little for Lanczos' method
+            return eigsh(common, width + 1, which="LA", v0=np.ones(size))
+    if size > MOST_DENSE:
+        raise UserError(f"too few users rated these {size:,} items to start item tables from: give --init_items=random")
+    return np.linalg.eigh((rated.T @ rated).toarray() - np.diag(own))

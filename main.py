@@ -26,9 +26,12 @@ def main(argv=None):
     if opts.test:
         return testing.test(folder, opts) if processes.is_first() else 0
 
+    if processes.is_first():
+        runs.check_folder(folder, opts)
     problem = training.load_problem(opts)
     system = training.build_system(problem, opts)
-    if (opts.load_pretrained or opts.load_pretrained_embedding) and processes.is_first():
+    goes_on = opts.resume and runs.find_checkpoints(folder)
+    if (opts.load_pretrained or opts.load_pretrained_embedding) and processes.is_first() and not goes_on:
         testing.load_pretrained(system, problem, opts)
     system.to(choose_device(opts.device, opts.deterministic))
     return training.fit(system, problem, opts, folder)

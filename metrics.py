@@ -78,7 +78,7 @@ def stratified_mean(values, level, shares):
 
 def nearest_level(values, levels):
     """Index of the rating level nearest to each of `values`, of any shape; the lower one in a tie."""
-    return np.abs(np.asarray(values)[..., None] - levels).argmin(-1)
+    return np.searchsorted((levels[1:] + levels[:-1]) / 2, values)
 
 
 def balance_score(values, mask, levels):

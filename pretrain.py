@@ -25,6 +25,8 @@ def main(argv=None):
     if opts.test:
         return testing.test(folder, opts) if processes.is_first() else 0
 
+    if processes.is_first():
+        runs.check_folder(folder, opts)
     problem = training.load_problem(opts)
     if opts.num_train_iterations is None:
         opts.num_train_iterations = math.ceil(opts.pretrain_epochs * len(problem.train) / opts.batch_size)

@@ -239,13 +239,27 @@ def remove_leftovers(folder):
                 path.unlink()
 
 
-def start_anew(folder, overwrite=False):
-    """Make a locked folder ready for a new run; UserError where it holds one already and not `overwrite`."""
+def check_folder(folder, options):
+    """UserError where a run cannot begin in a folder; to be told before reading and fitting have taken their time."""
+    if Path(folder).is_dir():
+        with lock_folder(folder):
+            if not options.resume:
+                check_new(folder, options.overwrite)
+
+
+def check_new(folder, overwrite=False):
+    """The checkpoints that a folder holds; UserError where there are any and not `overwrite`."""
     files = [*find_checkpoints(folder).values(), *Path(folder).glob("checkpoints/best.pt")]
     if files and not overwrite:
         raise UserError(
             f"{folder} holds a run already: go on with --resume, begin anew with --overwrite, or give another --log_dir"
         )
+    return files
+
+
+def start_anew(folder, overwrite=False):
+    """Make a locked folder ready for a new run; UserError where it holds one already and not `overwrite`."""
+    files = check_new(folder, overwrite)
     for pattern in ("events.out.tfevents.*", "projector*", "projector/*.tsv", "test.json"):
         files += filter(Path.is_file, Path(folder).glob(pattern))
     for path in files:

@@ -224,7 +224,7 @@ def train_step(system, optimizer, batch, options, iteration, meanwhile=lambda: N
         total = sum_over_processes(system, parameters, batch, total, meanwhile)
     else:
         meanwhile()
-    norm = max(clip(own, options.clip_norm) for own in of_members(optimizer.param_groups))
+    norm = torch.stack([clip(own, options.clip_norm) for own in of_members(optimizer.param_groups)]).max()
     figures = torch.stack([total[0], total[-2], total[-1], norm]).tolist()
     if not all(map(math.isfinite, figures)):
         raise FloatingPointError(divergence(options, iteration, figures[0], figures[1], figures[3]))
@@ -341,9 +341,8 @@ class Run(NamedTuple):
 
 def new_run(system, problem, options, folder):
     """A run of a fresh system, before its first iteration."""
-    average = copy.deepcopy(system)
-    for member, copied in zip(system.members, average.members, strict=True):
-        copied.learner.share_shifts(member.learner)
+    shifts = {id(b): b for name, b in system.named_buffers() if name.endswith("_shift")}  # a gigabyte a million items
+    average = copy.deepcopy(system, shifts)
     means = parameters_of(parameter_groups(average, options))
     optimizer = RowAdamW(parameter_groups(system, options), means, options.average)
     return Run(system, average, problem, options, folder, optimizer, new_loop())

@@ -50,12 +50,6 @@ class Learner(nn.Module):
             values = F.pad(torch.as_tensor(shifts[name]), (0, 0, 1, 0))
             self.register_buffer(f"{name}_shift", values, persistent=False)
 
-    def share_shifts(self, other):
-        """Hold the same shifts as another learner, not a copy: with a million items they are a gigabyte."""
-        for name in (f"{name}_shift" for name in self.table_names()):
-            if hasattr(other, name):
-                setattr(self, name, getattr(other, name))
-
     def rows(self, name, tasks, sparse=False):
         """The rows (T, U, width) of an item table that the tasks use, shifted for their parts of the users."""
         rows, shift = F.embedding(tasks.table, self.get_parameter(name), sparse=sparse), f"{name}_shift"

@@ -87,6 +87,15 @@ def test_rare_ratings_weigh_more_by_the_power_of_their_rarity():
     assert tasks.query_weight[:, 0].tolist() == pytest.approx([unseen, rare])
 
 
+def test_rare_levels_of_a_fine_scale_weigh_more():
+    """Ratings of many values have levels that are centres of bins; each is weighed by the level nearest to it."""
+    values, levels = np.repeat([0.1, 1.9, 2.1, 9.9], [6, 3, 2, 1]).astype(np.float32), np.arange(0.5, 10)
+    given = {"user_ids": np.arange(1), "offsets": np.array([0, 12]), "items": np.arange(12, dtype=np.int32)}
+    ratings = SimpleNamespace(**given, values=values, levels=levels)
+    weights = dataloader.standardise(ratings, np.array([0]), balance=1.0)[0].weights
+    assert len(weights) == 10 and weights[[0, 1, 2, 9]] * [6, 3, 2, 1] == pytest.approx([3] * 4)
+
+
 # -----------------------------------------------------------------------------
 # windows, packing, tables
 

@@ -96,8 +96,9 @@ def test_a_second_run_is_refused_and_the_first_unharmed(whole, log):
     assert same(result(folder), result(whole))
 
 
-def test_a_finished_run_is_not_overwritten_by_accident(whole):
+def test_a_finished_run_is_not_overwritten_by_accident(whole, monkeypatch):
     before = result(whole)
+    monkeypatch.setattr(training, "load_problem", None)  # which is not waited for
     with pytest.raises(UserError, match="holds a run already: go on with --resume"):
         main.main(command(whole.parent))
     assert same(result(whole), before)

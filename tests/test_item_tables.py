@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from scipy.sparse.linalg import ArpackError
 from test_factor_analysis import simulate
 
 import dataloader
@@ -12,6 +13,7 @@ import maml
 import training
 from dataloader import Sequences
 from models.learner import Learner
+from utils import UserError
 
 
 def common_users(sequences, users, n_items):
@@ -53,6 +55,19 @@ def test_few_items_give_narrow_embeddings():
     sequences, _, _ = simulate(n_users=30, n_items=4, per_user=3)
     found = item_tables.embed(sequences, np.arange(30), 4, 8)
     assert found.shape == (4, 8) and np.isfinite(found).all() and not found[:, 4:].any()
+
+
+def test_where_lanczos_fails_the_dense_method_takes_over(monkeypatch):
+    def fail(*_, **__):
+        raise ArpackError(3)
+
+    sequences, users = grouped(300, 60), np.arange(300)
+    expected = item_tables.embed(sequences, users, 60, 6)
+    monkeypatch.setattr(item_tables, "eigsh", fail)
+    np.testing.assert_allclose(item_tables.embed(sequences, users, 60, 6), expected, atol=1e-8)
+    monkeypatch.setattr(item_tables, "MOST_DENSE", 50)
+    with pytest.raises(UserError, match="--init_items=random"):
+        item_tables.embed(sequences, users, 60, 6)
 
 
 def test_tables_of_a_part_do_not_know_its_users():

@@ -227,6 +227,18 @@ def test_members_are_trained_as_if_each_were_alone(sparse):
     torch.testing.assert_close(weights, sum(found for _, found in of_each) / 2)
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_gradient_of_any_member_that_is_not_finite_moves_nothing(bad):
+    options = tiny.options(members=2, init_items="random")
+    system = maml.Ensemble(40, options, tiny.SCALE).double()
+    chosen = optimizer.RowAdamW(training.parameter_groups(system, options))
+    before = {name: value.clone() for name, value in system.state_dict().items()}
+    system.members[bad].learner.item_embedding.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(FloatingPointError, match="meta-gradient nan"):
+        training.train_step(system, chosen, tiny.training_batch(options), options, 0)
+    torch.testing.assert_close(system.state_dict(), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("adapt", ["head", "all"])
 def test_padding_item_and_unused_items_get_no_gradient(adapt):
     system, tasks, _ = make("bert4rec", "mlp", adapt)

@@ -173,6 +173,9 @@ def test_reference_lines_are_scored_on_the_targets_of_validation(log, problem, m
     monkeypatch.setattr(baselines, "prediction_errors", watch)
     assert found == baselines.reference_rmse(*fitting)
     assert np.array_equal(np.concatenate(targets[:3]), scored.target)
+    monkeypatch.undo()
+    many = baselines.reference_rmse(*fitting[:-1], int(np.diff(problem.ratings.offsets).max()) + 5)
+    assert all(np.isfinite(error) for error in many.values())  # targets that no user is long enough for are left out
     assert 0 < found["matrix factorisation"] < found["damped means"] < scored.target.std()
 
 
