@@ -91,11 +91,10 @@ def stretches(options, count, n_items=2500):
     return sequences, dataloader.sample_stretches(sequences, np.arange(len(sequences.offsets) - 1), options, 0)
 
 
-def draw(options, bench, count, n_items=2500, shared=True):
-    """A meta-batch of `count` tasks on the device, as the naive way has it without `shared`: each window laid out."""
+def draw(options, count, n_items=2500, shared=True):
+    """A meta-batch of `count` tasks, as the naive way has it without `shared`: each window laid out."""
     with contextlib.nullcontext() if shared else mock.patch.object(dataloader, "shares_starts", lambda options: False):
-        tasks = dataloader.build_tasks(*stretches(options, count, n_items), options)
-    return type(tasks)(*(tensor.to(bench.device) for tensor in tasks))
+        return dataloader.build_tasks(*stretches(options, count, n_items), options)
 
 
 # -----------------------------------------------------------------------------
@@ -221,7 +220,8 @@ def naive_backward(system, tasks, weights):
 def backward(system, tasks, weights):
     """Add the meta-gradient of tasks to the parameters, as training does."""
     system.zero_grad()
-    for _, part in dataloader.by_size(tasks, system.options.task_chunk, tasks.ratings.is_cuda):
+    for _, part in dataloader.by_size(tasks, system.options.task_chunk, system.scale.is_cuda):
+        part = training.move(part, system)
         losses = maml.query_losses(system(part, system.options.use_second_order), part).sum(0) / len(tasks.table)
         (losses * weights).sum().backward()
 
@@ -231,7 +231,7 @@ def gradient_difference(system, tasks, spread_tasks):
     system, found = copy.deepcopy(system).double(), []
     for way, given in ((backward, tasks), (naive_backward, spread_tasks)):
         given = given._replace(ratings=given.ratings.double(), query_ratings=given.query_ratings.double())
-        way(system, given, maml.objective_weights(system.options, 1).to(given.ratings))
+        way(system, given, maml.objective_weights(system.options, 1).to(system.scale))
         zero = (torch.zeros_like(p) if p.grad is None else p.grad for p in system.parameters())
         found.append(torch.cat([gradient.flatten() for gradient in zero]))
     return float((found[0] - found[1]).abs().max() / found[1].abs().max())
@@ -317,10 +317,10 @@ def bench_learners(bench):
     for form in FORMS:
         for model in bench.models:
             options = settings(form, bench, f"--model={model}")
-            system, tasks = build(options, bench), draw(options, bench, bench.tasks)
+            system, tasks = build(options, bench), draw(options, bench.tasks)
             width, name = options.max_seq_len - 1, f"{model}, {form}"
             weights = maml.objective_weights(options, 1).to(bench.device)
-            slow = spread(draw(options, bench, bench.tasks, shared=False), width)
+            slow = training.move(spread(draw(options, bench.tasks, shared=False), width), system)
             few = (type(tasks)(*(tensor[:4] for tensor in its)) for its in (tasks, slow))
             rows.append(row(f"{name}: gradients differ by", gradient_difference(system, *few), "", at_most=1e-5))
             fast, naive = medians(
@@ -479,10 +479,11 @@ def bench_parts(bench):
     for form in FORMS:
         for model in bench.models:
             options = settings(form, bench, f"--model={model}", f"--batch_size={bench.tasks}")
-            system, tasks = build(options, bench), draw(options, bench, bench.tasks)
+            system, tasks = build(options, bench), draw(options, bench.tasks)
             optimizer = RowAdamW(training.parameter_groups(system, options))
             weights = maml.objective_weights(options, 1).to(bench.device)
-            second, parts = options.use_second_order, [part for _, part in dataloader.by_size(tasks, 0, on_gpu)]
+            second, parts = options.use_second_order, dataloader.by_size(tasks, 0, on_gpu)
+            parts = [training.move(part, system) for _, part in parts]
             with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counted:
                 backward(system, tasks, weights)
             sample, forward, inner, whole, step = medians(
@@ -544,8 +545,7 @@ def train_to(goal, problem, options, bench):
     optimizer = RowAdamW(training.parameter_groups(system, options))
     iteration, error = 0, validation_error(system, problem)
     while error > goal and iteration < options.num_train_iterations:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * training.anneal(options, iteration)
+        training.set_rates(optimizer, options, iteration)
         batch = training.draw_batch(problem.sequences, problem.train, options, iteration)
         training.train_step(system, optimizer, batch, options, iteration)
         iteration += 1

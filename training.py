@@ -497,7 +497,7 @@ def restore(run, state):
     load_parameters(run.average, state["system"], run.folder)
     load_moments(run.optimizer, state["optimizer"], run.folder)
     run.loop.update(loop)
-    set_rates(run, loop["iteration"] - 1)
+    set_rates(run.optimizer, run.options, loop["iteration"] - 1)
 
 
 def is_sound(loop, fresh, step):
@@ -573,10 +573,10 @@ def average_state(run):
     return run.average.state_dict() | tables
 
 
-def set_rates(run, iteration):
+def set_rates(optimizer, options, iteration):
     """Set all learning rates for an iteration."""
-    factor = anneal(run.options, iteration)
-    for group in run.optimizer.param_groups:
+    factor = anneal(options, iteration)
+    for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
@@ -593,7 +593,7 @@ def train_iteration(run, batch):
     def draw():
         drawn.append(draw_tasks(run, ahead=1))
 
-    set_rates(run, iteration)
+    set_rates(run.optimizer, options, iteration)
     try:
         figures = train_step(run.system, run.optimizer, batch, options, iteration, draw)
     except FloatingPointError:

@@ -25,7 +25,7 @@ def test_naive_reference_gives_the_same_gradients(model, form):
     bench = benchmark.parse(["--device=cpu", "--items=50", f"--model={model}", *TINY])
     options = benchmark.settings(form, bench)
     system = benchmark.build(options, bench, 50)
-    tasks, every = (benchmark.draw(options, bench, 4, 50, shared=shared) for shared in (True, False))
+    tasks, every = (benchmark.draw(options, 4, 50, shared=shared) for shared in (True, False))
     assert (tasks.times.max() > 1) == (form == "paper" and model in ("narm", "gru4rec"))
     assert benchmark.gradient_difference(system, tasks, benchmark.spread(every, options.max_seq_len - 1)) < 1e-7
 
