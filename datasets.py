@@ -313,9 +313,10 @@ def describe(columns, levels, longest):
 
 
 def balance(histogram):
-    """Entropy of rating histograms (..., n_levels) over its maximum: 0 one rating alone, 1 all as often."""
+    """Entropy of rating histograms (..., n_levels) over its maximum: 0 one rating (or level) alone, 1 all as often."""
     share = histogram / histogram.sum(-1, keepdims=True)
-    return -(share * np.log(np.maximum(share, 1e-300))).sum(-1) / np.log(histogram.shape[-1])
+    entropy = abs((share * np.log(np.maximum(share, 1e-300))).sum(-1))  # of a sum that is at most 0, and -0 for one rating
+    return entropy / np.log(max(histogram.shape[-1], 2))
 
 
 def print_table(path, before, after, ratings, notes):
