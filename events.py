@@ -29,7 +29,7 @@ SCALARS = {
     "validation/macro_rmse": "mean over rating values of their RMSE: rare ratings count as much as frequent ones",
     "simple/damped_means": "RMSE of item and user effects on the validation targets: the least to be beaten",
     "simple/matrix_factorisation": "RMSE of a matrix factorisation on the validation targets",
-    "charts/iterations_per_second": "training alone, mean since the start",
+    "charts/iterations_per_second": "mean since the start; validations and checkpoints take part of that time",
     "charts/learning_rate": "outer learning rate of the encoder; the others keep their ratio to it",
     "test/rmse": "main.py --test: the last rating of each test user",
     "test/mae": "mean absolute error of the same",

@@ -156,7 +156,10 @@ def score_run(path, cell, options, folder):
 
 
 def validation_curve(folder):
-    """[seconds of training, validation RMSE] of each validation, from the run's events."""
+    """[seconds since training began, validation RMSE] of each validation, from the run's events.
+
+    The seconds are wall time: earlier validations and checkpoints are in them, what passed between two starts is not.
+    """
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     if "validation/rmse" not in events.Tags()["scalars"]:
         return []
