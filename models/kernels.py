@@ -80,7 +80,7 @@ class Gelu(Function):
     @staticmethod
     def backward(ctx, slope):
         (x,) = ctx.saved_tensors
-        if ctx.slope is None and not torch.is_grad_enabled():  # nobody will ask again
+        if ctx.slope is None and not torch.is_grad_enabled():  # nobody will ask for the second derivative
             return aten.gelu_backward(slope, x)
         if ctx.slope is None:  # computed by the inner gradient, used again by the meta-gradient
             ctx.slope = aten.gelu_backward(torch.ones_like(x), x.detach())
