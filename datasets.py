@@ -315,7 +315,7 @@ def describe(columns, levels, longest):
 def balance(histogram):
     """Entropy of rating histograms (..., n_levels) over its maximum: 0 one rating (or level) alone, 1 all as often."""
     share = histogram / histogram.sum(-1, keepdims=True)
-    entropy = abs((share * np.log(np.maximum(share, 1e-300))).sum(-1))  # of a sum that is at most 0, and -0 for one rating
+    entropy = abs((share * np.log(np.maximum(share, 1e-300))).sum(-1))  # the sum is -0 for one rating alone
     return entropy / np.log(max(histogram.shape[-1], 2))
 
 
