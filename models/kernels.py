@@ -271,13 +271,11 @@ class PairScores(Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mask):
-        at, of = places(mask)
+        pair, at, of = places(mask)
         group = at // (mask[..., 0].numel() // v[..., 0].numel())  # whose v it is
         inside = torch.sigmoid(rows(q, at) + rows(k, of))
-        out = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-        out[mask] = (inside * rows(v, group)).sum(-1)
-        ctx.save_for_backward(inside, q, k, v, mask, at, of, group)
-        return out
+        ctx.save_for_backward(inside, q, k, v, pair, at, of, group)
+        return of_pairs((inside * rows(v, group)).sum(-1), pair, mask.shape)
 
     @staticmethod
     def backward(ctx, slope):
@@ -291,29 +289,35 @@ class PairScoresSlope(Function):
     """
 
     @staticmethod
-    def forward(ctx, slope, inside, q, k, v, mask, at, of, group):
-        by_pair = slope[mask][:, None]
+    def forward(ctx, slope, inside, q, k, v, pair, at, of, group):
+        ctx.shape, by_pair = slope.shape, slope.flatten().index_select(0, pair)[:, None]
         moved = inside * (1 - inside) * rows(v, group) * by_pair
-        ctx.save_for_backward(by_pair, inside, v, mask, at, of, group)
+        ctx.save_for_backward(by_pair, inside, v, pair, at, of, group)
         return add_rows(moved, at, q), add_rows(moved, of, k), add_rows(by_pair * inside, group, v)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, to_q, to_k, to_v):
-        by_pair, inside, v, mask, at, of, group = ctx.saved_tensors
+        by_pair, inside, v, pair, at, of, group = ctx.saved_tensors
         own, along, flat = rows(v, group), rows(to_q, at) + rows(to_k, of), inside * (1 - inside)
         to_own = rows(to_v, group)
-        to_slope = torch.zeros(mask.shape, dtype=v.dtype, device=v.device)
-        to_slope[mask] = (own * flat * along + to_own * inside).sum(-1)
+        to_slope = of_pairs((own * flat * along + to_own * inside).sum(-1), pair, ctx.shape)
         moved = by_pair * flat * (own * along * (1 - 2 * inside) + to_own)
         to_v = add_rows(by_pair * flat * along, group, v)
         return to_slope, None, add_rows(moved, at, to_q), add_rows(moved, of, to_k), to_v, None, None, None, None
 
 
 def places(mask):
-    """Of each pair (t, j) that holds in `mask` (..., S, S), the places of t and of j among all positions, (P,) each."""
+    """Of each pair (t, j) that holds in `mask` (..., S, S), the place among all pairs, and those of t and of j among
+    all positions, (P,) each. Here the pairs are counted, for which a GPU is waited for."""
     row, t, j = mask.flatten(0, -3).nonzero().unbind(1)
-    return row * mask.shape[-1] + t, row * mask.shape[-1] + j
+    at, of = row * mask.shape[-1] + t, row * mask.shape[-1] + j
+    return at * mask.shape[-1] + j, at, of
+
+
+def of_pairs(values, pair, shape):
+    """Zeros of a shape but for values (P,) at places `pair` (P,) of its flattened dimensions."""
+    return values.new_zeros(shape.numel()).index_copy_(0, pair, values).view(shape)
 
 
 def rows(x, at):

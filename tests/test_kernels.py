@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmark import NAIVE
 from models import kernels
@@ -83,6 +84,28 @@ def test_values_and_derivatives_equal_plain_operations(kernel, given, arguments)
         second = torch.autograd.grad(sum(one.square().sum() for one in first), (*given, slope), materialize_grads=True)
         found.append((out, first, second))
     torch.testing.assert_close(*found)
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that are done while entered."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_pairs_are_counted_once():
+    """Each count of what holds in a mask waits for a GPU, and inner steps are many."""
+    given, arguments = next((given, arguments) for kernel, given, arguments in CASES if kernel is kernels.PairScores)
+    with Operations() as operations:
+        first = torch.autograd.grad(kernels.PairScores.apply(*arguments(*given)).sum(), given, create_graph=True)
+        torch.autograd.grad(sum(one.square().sum() for one in first), given)
+    counting = {"nonzero", "index", "index_put_", "masked_select", "masked_scatter_", "_local_scalar_dense"}
+    assert [name for name in operations.names if name in counting] == ["nonzero"]
 
 
 @pytest.mark.parametrize("transposed", [True, False])
