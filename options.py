@@ -358,26 +358,32 @@ ALL = (
 )
 
 
-def parse(description, argv=None, **defaults):
-    """The options of main.py; `defaults` replaces some defaults. UserError for impossible ones."""
-    parser = build_parser(description, *ALL)
-    parser.set_defaults(**defaults)
-    options = parser.parse_args(argv)
-    preset = {**DATA_DEFAULTS.get(options.mode, {}), **(PAPER_FORM if options.paper_form else {})}
-    parser.set_defaults(**{**preset, **defaults})
-    options = parser.parse_args(argv)
+def parse(description, argv=None):
+    """The options of main.py. UserError for impossible ones."""
+    options = read(description, argv)
     check(options)
     return options
 
 
 def parse_pretrain(description, argv=None):
     """The options of pretrain.py: those of a learner without inner steps, in the pretraining's folder."""
-    options = parse(description, argv, use_adaptive_loss=False, num_train_iterations=None)
+    options = read(description, argv, use_adaptive_loss=False, num_train_iterations=None)
     options.num_inner_steps, options.use_multi_step, options.use_adaptive_loss = 0, False, False
     options.use_second_order = False
     options.outer_lr = options.pretraining_lr
     options.batch_size, options.log_dir = options.pretraining_batch_size, options.pretrain_log_dir
+    check(options)
     return options
+
+
+def read(description, argv=None, **defaults):
+    """The options as given, unchecked; `defaults` replaces some defaults."""
+    parser = build_parser(description, *ALL)
+    parser.set_defaults(**defaults)
+    options = parser.parse_args(argv)
+    preset = {**DATA_DEFAULTS.get(options.mode, {}), **(PAPER_FORM if options.paper_form else {})}
+    parser.set_defaults(**{**preset, **defaults})
+    return parser.parse_args(argv)
 
 
 def restore(stored, given, source):
@@ -414,7 +420,8 @@ def check(options):
             f"--min_sub_window_size={options.min_sub_window_size} must be below --max_seq_len={options.max_seq_len}"
         )
     if options.min_outer_lr > options.outer_lr:
-        raise UserError(f"--min_outer_lr={options.min_outer_lr} must not be above --outer_lr={options.outer_lr}")
+        start = "outer_lr" if options.num_inner_steps else "pretraining_lr"
+        raise UserError(f"--min_outer_lr={options.min_outer_lr} must not be above --{start}={options.outer_lr}")
     if options.use_second_order is None:
         options.use_second_order = options.use_multi_step or options.use_adaptive_loss
 

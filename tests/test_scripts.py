@@ -16,6 +16,7 @@ import running
 
 import compare
 import main
+import options
 import pretrain
 import recommend
 from utils import run_script
@@ -119,6 +120,13 @@ def test_bad_input_gets_one_sentence(trained, flags, says):
     assert out == ""
     assert error.startswith("error: ") and error.count("\n") == 1
     assert says in error
+
+
+def test_pretraining_falls_from_its_own_learning_rate(trained):
+    """Not from main.py's --outer_lr, which is 3e-4 for amazon."""
+    _, error = run(trained, "pretrain.py", *SAMPLE, *SMALL, "--pretraining_lr=5e-5", status=2)
+    assert error == "error: --min_outer_lr=0.0001 must not be above --pretraining_lr=5e-05\n"
+    assert options.parse_pretrain("", ["--mode=amazon", "--min_outer_lr=5e-4"]).outer_lr == 3e-3
 
 
 def test_pretrained_weights_of_other_sizes_are_refused(trained):
