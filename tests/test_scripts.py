@@ -101,14 +101,14 @@ def test_a_run_is_not_overwritten_unasked(trained):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--data_path=nowhere.dat",), "nowhere.dat"),
+        (("--data_path=nowhere.dat", "--log_dir=other"), "nowhere.dat"),
         (("--mode=netflix",), "netflix"),
         (("--model=transformer",), "transformer"),
         (("--use_multi_step=yes",), "True or False"),
         (("--batch_size=0",), "at least 1"),
         (("--bert_hidden_units=30",), "multiple"),
         (("--fold=7",), "--num_folds"),
-        (("--num_test_data=100000",), "--num_test_data"),
+        (("--num_test_data=100000", "--log_dir=other"), "--num_test_data"),
         (("--checkpoint_step=77", "--test"), "77"),
         (("--model=narm", "--test"), "no checkpoint"),
         (("--data_path=other.csv", "--test"), "other data"),
