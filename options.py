@@ -362,6 +362,11 @@ def parse(description, argv=None):
     """The options of main.py. UserError for impossible ones."""
     options = read(description, argv)
     check(options)
+    # Not in `check`, because runs that were trained so can still be tested and used.
+    if options.use_adaptive_loss and not options.use_second_order and not options.test:
+        raise UserError(
+            "--use_second_order=False leaves nothing to train the loss network with: add --use_adaptive_loss=False"
+        )
     return options
 
 

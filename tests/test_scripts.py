@@ -108,6 +108,7 @@ def test_a_run_is_not_overwritten_unasked(trained):
         (("--batch_size=0",), "at least 1"),
         (("--bert_hidden_units=30",), "multiple"),
         (("--fold=7",), "--num_folds"),
+        (("--use_second_order=False",), "add --use_adaptive_loss=False"),
         (("--num_test_data=100000", "--log_dir=other"), "--num_test_data"),
         (("--checkpoint_step=77", "--test"), "77"),
         (("--model=narm", "--test"), "no checkpoint"),
@@ -127,6 +128,12 @@ def test_pretraining_falls_from_its_own_learning_rate(trained):
     _, error = run(trained, "pretrain.py", *SAMPLE, *SMALL, "--pretraining_lr=5e-5", status=2)
     assert error == "error: --min_outer_lr=0.0001 must not be above --pretraining_lr=5e-05\n"
     assert options.parse_pretrain("", ["--mode=amazon", "--min_outer_lr=5e-4"]).outer_lr == 3e-3
+
+
+def test_checkpoints_whose_loss_network_was_not_trained_can_be_read():
+    stored = vars(options.parse("", [])) | {"use_second_order": False}
+    assert options.restore(stored, {}, "melo.pt").use_adaptive_loss
+    assert options.parse("", ["--use_second_order=False", "--test"]).use_adaptive_loss
 
 
 def test_pretrained_weights_of_other_sizes_are_refused(trained):
