@@ -7,13 +7,15 @@
     python compare.py --demo                                        # the bundled sample: minutes on 2 cores
 
 Any option of main.py may be given too and reaches every run. The same command again goes on where the last one
-stopped: finished runs are not repeated, interrupted ones continue from their checkpoint.
+stopped: finished runs are not repeated, interrupted ones continue from their checkpoint. A run with other options
+than before, also with more iterations, begins anew.
 
     <output>/runs/fold0-seed222/            what main.py and pretrain.py wrote; fold0-seed222-paper: --paper_form=True
     <output>/predictions/*.parquet          every prediction, and what is known of the run that made it
     <output>/table.md, *.csv, *.png, *.svg  made from the predictions alone
 """
 
+import math
 import os
 import queue
 import signal
@@ -34,6 +36,7 @@ import plots
 import predictions
 import report
 import runs
+import training
 from predictions import Cell
 from utils import UserError, run_script
 
@@ -154,14 +157,16 @@ def run_cell(work, cell):
 
 
 def train(work, cell, folder, slot):
-    """Run the cell's script to its end, going on from a checkpoint if there is one; None, or its last words."""
+    """Run the cell's script to its end, going on from a checkpoint if it can; None, or its last words."""
     script, words = command(work.args, cell)
-    going_on = "--overwrite" if work.args.demo else "--resume"
+    anew = work.args.demo or holds_another_run(folder, work.options[cell])
+    if anew and not work.args.demo:
+        tqdm.write(f"{shown(cell)}: begun anew, for its options have changed", file=sys.stderr)
     environment = {**os.environ, "OMP_NUM_THREADS": str(work.args.threads), **slot}
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "w") as output, open(folder / "errors.txt", "w") as errors:
         process = subprocess.Popen(
-            [sys.executable, ROOT / script, *words, going_on],
+            [sys.executable, ROOT / script, *words, "--overwrite" if anew else "--resume"],
             stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment,
         )  # fmt: skip
         work.running[cell] = process
@@ -169,6 +174,30 @@ def train(work, cell, folder, slot):
     lines = (folder / "errors.txt").read_text(errors="replace").split("\n")
     last = next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
     return last.removeprefix("error: ") if status else None
+
+
+def holds_another_run(folder, options):
+    """Whether the folder holds a run that was begun, or went on, with other options.
+
+    With --resume a script would accept one of fewer iterations, though its learning rates fell to an earlier end.
+    """
+    state = runs.load_newest(folder, {"options": dict})
+    if state is None:
+        return False
+    try:
+        runs.check_resume(state["options"], kept_options(options), may_grow=())
+    except UserError:
+        return True
+    return False
+
+
+def kept_options(options):
+    """The options as a cell's script keeps them: pretrain.py counts its iterations where they are not given."""
+    if options.num_train_iterations is not None:
+        return options
+    problem = training.load_problem(options)
+    count = math.ceil(options.pretrain_epochs * len(problem.train) / options.batch_size)
+    return {**vars(options), "num_train_iterations": count}
 
 
 def places(args, device):

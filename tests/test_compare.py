@@ -152,6 +152,29 @@ def test_finished_runs_are_not_repeated(reference, monkeypatch, capsys):
     assert "3 of 3 runs are finished" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("cell", "script"), [(BASIC, pretrain), (MELO, main)])
+def test_only_a_run_of_the_same_options_goes_on(cell, script, tmp_path, monkeypatch):
+    """Basic's iterations are counted by pretrain.py where they are not given."""
+    ways = []
+
+    def fit(system, problem, options, folder):
+        runs.save_checkpoint(folder, 1, {"options": runs.as_stored(options)})
+
+    def start(words, **_):
+        ways.append(words[-1])
+        script.main(words[2:])
+        return SimpleNamespace(wait=lambda: 0)
+
+    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(predictions, "score_run", lambda *_: None)
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=start, DEVNULL=None))
+    longer = ["--num_train_iterations=900"]
+    for more in ([], [], longer, longer, []):
+        args = compare.parse([f"--output={tmp_path}", *SIZES, "--init_items=random", *more])
+        assert compare.run_all(args, {cell: compare.read_options(args, cell)}) == {}
+    assert ways == ["--resume", "--resume", "--overwrite", "--resume", "--overwrite"]
+
+
 def test_tables_and_pictures_are_made_from_predictions_alone(reference, tmp_path, capsys):
     shutil.copytree(reference / "predictions", tmp_path / "predictions")
     given = ["--report_only", f"--output={tmp_path}", "--models=bert4rec", "--methods", "melo", "basic"]
