@@ -77,8 +77,8 @@ def true_or_false(text):
     return text == "True"
 
 
-def number(kind, low, high=float("inf")):
-    """A converter for numbers of `kind` (int or float) from low to high."""
+def number(kind, low, high=float("inf"), infinite=False):
+    """A converter for numbers of `kind` (int or float) from low to high; inf is one of them only if `infinite`."""
 
     def convert(text):
         try:
@@ -86,6 +86,8 @@ def number(kind, low, high=float("inf")):
         except ValueError:
             name = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"'{text}' is not {name}") from None
+        if value == float("inf") and not infinite:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
         if not low <= value <= high:
             limit = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {limit}")
@@ -98,8 +100,8 @@ def count(low=1, high=float("inf")):
     return number(int, low, high)
 
 
-def real(low=0.0, high=float("inf")):
-    return number(float, low, high)
+def real(low=0.0, high=float("inf"), infinite=False):
+    return number(float, low, high, infinite)
 
 
 def group(parser, title):
@@ -284,7 +286,7 @@ def add_outer_options(parser):
         "decay of the running mean of the weights that is validated and tested; 0 = the last weights",
     )
     add("sparse_items", False, true_or_false, "move only the item rows that an iteration uses; for large catalogues")
-    add("clip_norm", 5.0, real(1e-9), "largest norm of the meta-gradient")
+    add("clip_norm", 5.0, real(1e-9, infinite=True), "largest norm of the meta-gradient; inf = no limit")
 
 
 def add_pretrain_options(parser):
@@ -301,7 +303,7 @@ def add_run_options(parser):
     add = group(parser, "run")
     add("log_dir", "./log", str, "where main.py keeps its runs")
     add("log_interval", 50, count(1), "iterations between validations")
-    add("checkpoint_minutes", 5.0, real(0), "minutes between checkpoints to go on from")
+    add("checkpoint_minutes", 5.0, real(0, infinite=True), "minutes between checkpoints to go on from; inf = never")
     add("checkpoint_interval", 0, count(0), "iterations between these; 0 = by minutes alone")
     add("keep_checkpoints", 3, count(1), "how many of these are kept beside the best")
     add(

@@ -19,7 +19,7 @@ import main
 import options
 import pretrain
 import recommend
-from utils import run_script
+from utils import UserError, run_script
 
 SCRIPTS = {"main.py": main.main, "pretrain.py": pretrain.main}
 ROOT = Path(__file__).parents[1]
@@ -106,6 +106,7 @@ def test_a_run_is_not_overwritten_unasked(trained):
         (("--model=transformer",), "transformer"),
         (("--use_multi_step=yes",), "True or False"),
         (("--batch_size=0",), "at least 1"),
+        (("--factor_prior=inf",), "not a finite number"),
         (("--bert_hidden_units=30",), "multiple"),
         (("--fold=7",), "--num_folds"),
         (("--use_second_order=False",), "add --use_adaptive_loss=False"),
@@ -134,6 +135,16 @@ def test_checkpoints_whose_loss_network_was_not_trained_can_be_read():
     stored = vars(options.parse("", [])) | {"use_second_order": False}
     assert options.restore(stored, {}, "melo.pt").use_adaptive_loss
     assert options.parse("", ["--use_second_order=False", "--test"]).use_adaptive_loss
+
+
+def test_infinity_is_a_number_where_it_lifts_a_limit():
+    infinite = ("clip_norm", "checkpoint_minutes")
+    given = options.parse("", [f"--{name}=inf" for name in infinite])
+    assert [getattr(given, name) for name in infinite] == [float("inf")] * 2
+    for name in ("factor_prior", "inner_damping", "weight_decay", "outer_lr"):
+        for text in ("inf", "1e999", "nan"):
+            with pytest.raises(UserError, match=name):
+                options.parse("", [f"--{name}={text}"])
 
 
 def test_pretrained_weights_of_other_sizes_are_refused(trained):
