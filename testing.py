@@ -12,7 +12,7 @@ import runs
 import training
 from utils import UserError, choose_device
 
-# What --test takes from the command line where it is given there; everything else is the checkpoint's own.
+# What --test takes from the command line, but where that leaves it None or 0; everything else is the checkpoint's own.
 FROM_COMMAND = ("data_path", "cache_dir", "data_url", "device", "log_dir", "task_chunk")
 
 
@@ -22,7 +22,7 @@ def load_system(path, options, problem=None):
     UserError where the checkpoint is damaged, of another model, or belongs to other data than those at hand.
     """
     state = runs.load_checkpoint(path, training.STATE)
-    given = {name: value for name in FROM_COMMAND if (value := getattr(options, name)) is not None}
+    given = {name: value for name in FROM_COMMAND if (value := getattr(options, name)) not in (None, 0)}
     stored = option_module.restore(state["options"], given, path)
     problem = problem or training.load_problem(stored)
     runs.check_fingerprint(state["fingerprint"], problem.ratings.fingerprint, path)
@@ -54,7 +54,7 @@ def test(folder, options):
     """Test the checkpoint `checkpoint_step` (-1: the best), print its figures and write test.json. Returns 0."""
     path = runs.checkpoint_path(folder, options.checkpoint_step)
     system, stored, problem = load_system(path, options)
-    with training.naming_what_to_lower(options):
+    with training.naming_what_to_lower(stored):
         scored = training.evaluate(system, problem, problem.test)
     users = f"fold {stored.fold} of {stored.num_folds}" if stored.fold >= 0 else "drawn"
     print(f"{folder.name}, {path.name}: {len(scored.user)} test users ({users} by seed {stored.random_seed})")

@@ -19,6 +19,8 @@ import main
 import options
 import pretrain
 import recommend
+import runs
+import testing
 from utils import UserError, run_script
 
 SCRIPTS = {"main.py": main.main, "pretrain.py": pretrain.main}
@@ -73,6 +75,17 @@ def test_pretrained_run_is_tested_on_the_same_users(trained):
         for folder in ("log/sample-bert4rec-melo", "log_pretrained/sample-bert4rec-basic")
     ]
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(("flags", "chunk"), [((), 3), (("--task_chunk=2",), 2)])
+def test_a_test_holds_as_many_tasks_at_once_as_training_did(trained, monkeypatch, flags, chunk):
+    path = trained / "log/sample-bert4rec-melo/checkpoints/best.pt"
+    state = runs.load_checkpoint(path)
+    state["options"]["task_chunk"] = 3
+    monkeypatch.setattr(runs, "load_checkpoint", lambda *_: state)
+    monkeypatch.chdir(trained)
+    system, stored, _ = testing.load_system(path, options.parse("", [*SAMPLE, *SMALL, *flags]))
+    assert system.options.task_chunk == stored.task_chunk == chunk
 
 
 @pytest.mark.parametrize(
