@@ -60,7 +60,7 @@ def export(recommender, path, run):
         min_item=options.min_item,
         min_sequence=options.min_sequence,
         fingerprint=recommender.state["fingerprint"],
-        figures=figures(Path(run), recommender.source.name),
+        figures=figures(Path(run), recommender.state["step"]),
         support=options.max_seq_len - 1,
         options="\n".join(
             f"| {name} | {value} |" for name, value in sorted(recommender.state["options"].items()) if name not in LOCAL
@@ -69,8 +69,11 @@ def export(recommender, path, run):
     runs.write_atomic(path.with_suffix(".md"), text.encode())
 
 
-def figures(run, checkpoint):
-    """The run's figures of this checkpoint on its test users as Markdown, from its test.json."""
+def figures(run, step):
+    """The figures of the run's checkpoint of this step on its test users as Markdown, from its test.json.
+
+    The step, because best.pt may be another checkpoint than the one of that name that was tested.
+    """
     missing = "None: `main.py --test` was not run on this checkpoint before it was exported."
     try:
         report = json.loads((run / "test.json").read_text())
@@ -80,4 +83,4 @@ def figures(run, checkpoint):
             lines.append(f"| {label} | {report[name]:.4f} | {report[f'{name}_se']:.4f} |")
     except (OSError, ValueError, KeyError, TypeError):
         return missing
-    return "\n".join(lines) if report.get("checkpoint") == checkpoint else missing
+    return "\n".join(lines) if report.get("step") == step else missing

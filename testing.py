@@ -21,6 +21,11 @@ def load_system(path, options, problem=None):
 
     UserError where the checkpoint is damaged, of another model, or belongs to other data than those at hand.
     """
+    return load_with_step(path, options, problem)[:3]
+
+
+def load_with_step(path, options, problem=None):
+    """What `load_system` gives, and the checkpoint's step: (system, options, problem, step)."""
     state = runs.load_checkpoint(path, training.STATE)
     given = {name: value for name in FROM_COMMAND if (value := getattr(options, name)) not in (None, 0)}
     stored = option_module.restore(state["options"], given, path)
@@ -28,7 +33,7 @@ def load_system(path, options, problem=None):
     runs.check_fingerprint(state["fingerprint"], problem.ratings.fingerprint, path)
     system = training.build_system(problem, stored, fresh=False)
     training.load_parameters(system, state["system"], path)
-    return system.to(choose_device(options.device, stored.deterministic)), stored, problem
+    return system.to(choose_device(options.device, stored.deterministic)), stored, problem, state["step"]
 
 
 def load_pretrained(system, problem, options):
@@ -53,18 +58,19 @@ def load_pretrained(system, problem, options):
 def test(folder, options):
     """Test the checkpoint `checkpoint_step` (-1: the best), print its figures and write test.json. Returns 0."""
     path = runs.checkpoint_path(folder, options.checkpoint_step)
-    system, stored, problem = load_system(path, options)
+    system, stored, problem, step = load_with_step(path, options)
     with training.naming_what_to_lower(stored):
         scored = training.evaluate(system, problem, problem.test)
     users = f"fold {stored.fold} of {stored.num_folds}" if stored.fold >= 0 else "drawn"
     print(f"{folder.name}, {path.name}: {len(scored.user)} test users ({users} by seed {stored.random_seed})")
-    report = {"checkpoint": path.name, "options": vars(stored), **figures(scored, scored.prediction, problem.ratings)}
+    report = {"checkpoint": path.name, "step": step, "options": vars(stored)}
+    report |= figures(scored, scored.prediction, problem.ratings)
     print_figures(report)
     if options.test_baseline:
         report["simple_predictors"] = simple_predictors(problem, stored, scored)
         print_table(report["simple_predictors"])
     runs.write_json(folder / "test.json", report)
-    events.log_test(folder, report, runs.load_checkpoint(path)["step"])
+    events.log_test(folder, report, step)
     print(f"written to {folder / 'test.json'}", file=sys.stderr)
     return 0
 

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import LEARNERS, options
 
+import card
 import dataloader
 import main
 import maml
@@ -203,6 +204,15 @@ def test_exported_file_predicts_the_same_and_names_no_place(run, trained, tmp_pa
     figures = json.loads((run / "test.json").read_text())
     assert f"{figures['rmse']:.4f}" in card and trained.state["fingerprint"] in card
     assert str(run.parent) not in card
+
+
+def test_card_shows_no_figures_of_another_checkpoint(run, tmp_path):
+    """Nor those of a report that does not say of which, as earlier versions wrote it."""
+    report = json.loads((run / "test.json").read_text())
+    assert f"{report['rmse']:.4f}" in card.figures(run, step := report.pop("step"))
+    assert "was not run" in card.figures(run, step + 1)
+    (tmp_path / "test.json").write_text(json.dumps(report))
+    assert "was not run" in card.figures(tmp_path, step)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
