@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event, Lock
@@ -147,10 +148,14 @@ def run_cell(work, cell):
         folder = runs.run_folder(options.log_dir, options.mode, cell.learner, cell.method)
         if error := train(work, cell, folder, slot):
             return error
-        with work.scoring:
+        with work.scoring, training.naming_what_to_lower(options):
             return predictions.score_run(path, cell, options, folder)
     except UserError as error:
         return str(error)
+    except Exception as error:  # must cost neither the other cells nor the tables
+        tqdm.write(traceback.format_exc(), file=sys.stderr)
+        words, _, _ = str(error).partition("\n")
+        return f"unexpected {type(error).__name__}: {words}"
     finally:
         del work.running[cell]
         work.slots.put(slot)
@@ -163,13 +168,15 @@ def train(work, cell, folder, slot):
     if anew and not work.args.demo:
         tqdm.write(f"{shown(cell)}: begun anew, for its options have changed", file=sys.stderr)
     environment = {**os.environ, "OMP_NUM_THREADS": str(work.args.threads), **slot}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with open(folder / "output.txt", "w") as output, open(folder / "errors.txt", "w") as errors:
         process = subprocess.Popen(
             [sys.executable, ROOT / script, *words, "--overwrite" if anew else "--resume"],
             stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment,
         )  # fmt: skip
         work.running[cell] = process
+        if work.stop.is_set():  # only now, when those at work have been stopped already
+            process.terminate()
         status = process.wait()
     lines = (folder / "errors.txt").read_text(errors="replace").split("\n")
     last = next((line for line in reversed(lines) if line.strip()), f"exit status {status}")

@@ -2,9 +2,11 @@
 
 import json
 import os
+import queue
 import shutil
 import signal
 import time
+from threading import Event, Lock
 from types import SimpleNamespace
 
 import numpy as np
@@ -228,6 +230,43 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(reference, tmp_path, monk
     assert shown.err.endswith("failed: bert4rec basic fold 0 seed 222: no luck\n")
     row = next(line for line in shown.out.split("\n") if "Basic" in line)
     assert row.count("--") == 3 and "1 of 3 runs are missing" in shown.out
+
+
+def test_an_unexpected_error_costs_its_own_cell_alone(tmp_path, monkeypatch, capsys):
+    def score(path, cell, options, *_):
+        if cell is MELO:
+            raise torch.OutOfMemoryError("no room")
+        if cell is simple:
+            raise ValueError("odd\nand more")
+
+    simple, missing = Cell("simple", "simple", False, 0, 222), BASIC._replace(fold=1)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "fold1-seed222").write_text("not a folder")
+    monkeypatch.setattr(predictions, "score_simple", score)
+    monkeypatch.setattr(predictions, "score_run", score)
+    monkeypatch.setattr(
+        compare, "subprocess", SimpleNamespace(Popen=lambda *_, **__: SimpleNamespace(wait=lambda: 0), DEVNULL=None)
+    )
+    args = compare.parse([f"--output={tmp_path}", *ASKED[1:]])
+    failed = compare.run_all(args, {c: compare.read_options(args, c) for c in (simple, missing, MELO, BASIC)})
+    assert failed.keys() == {simple, missing, MELO}
+    assert failed[simple] == "unexpected ValueError: odd" and "ValueError: odd" in capsys.readouterr().err
+    assert failed[missing].startswith(f"cannot make {tmp_path}/runs/fold1-seed222/")
+    assert failed[MELO].startswith("out of memory: give --task_chunk=")
+
+
+def test_a_run_that_starts_while_all_are_stopped_is_stopped_too(tmp_path, monkeypatch):
+    ended = []
+
+    def start(*_, **__):
+        work.stop.set()
+        return SimpleNamespace(terminate=lambda: ended.append(True), wait=lambda: 143)
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=start, DEVNULL=None))
+    args = compare.parse([f"--output={tmp_path}", *ASKED])
+    work = compare.Work(args, {MELO: compare.read_options(args, MELO)}, queue.Queue(), {}, Lock(), Event())
+    work.slots.put({})
+    assert compare.run_cell(work, MELO) == "exit status 143" and ended == [True]
 
 
 # -----------------------------------------------------------------------------
