@@ -184,7 +184,7 @@ def train(work, cell, folder, slot):
 
 
 def holds_another_run(folder, options):
-    """Whether the folder holds a run that was begun, or went on, with other options.
+    """Whether the folder's newest checkpoint was made with other options.
 
     With --resume a script would accept one of fewer iterations, though its learning rates fell to an earlier end.
     """
