@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import metrics
 import options as option_module
 import runs
 from recommender import LOCAL
@@ -80,7 +81,7 @@ def figures(run, step):
         lines = [f"On the last rating of each of {report['n']:,} test users, who were not trained on:", ""]
         lines += ["| | | standard error |", "|---|---|---|"]
         for name, label in (("rmse", "RMSE"), ("mae", "MAE"), ("macro_rmse", "macro-RMSE")):
-            lines.append(f"| {label} | {report[name]:.4f} | {report[f'{name}_se']:.4f} |")
+            lines.append(f"| {label} | {metrics.text(report[name])} | {metrics.text(report[f'{name}_se'])} |")
     except (OSError, ValueError, KeyError, TypeError):
         return missing
     return "\n".join(lines) if report.get("step") == step else missing

@@ -112,6 +112,11 @@ def summary(squared, absolute, level):
     return result
 
 
+def text(value):
+    """A figure with four decimals, or -- where there is none."""
+    return "--" if value is None else f"{value:.4f}"
+
+
 def compare(squared, other):
     """`Comparison` of two methods' squared errors (n,) on the same targets: their mean difference."""
     return comparison(*mean_with_error(squared - other))

@@ -125,9 +125,12 @@ def cannot_write(path, error):
     return UserError(f"cannot write {path} ({reason}); what was saved before is whole: {remedy}")
 
 
-def write_json(path, value):
-    """Write a JSON file whole or not at all; NumPy scalars become numbers, paths text."""
-    write_atomic(path, (json.dumps(value, indent=2, default=json_value) + "\n").encode())
+def write_json(path, value, allow_nan=False):
+    """Write a JSON file whole or not at all; NumPy scalars become numbers, paths text.
+
+    ValueError for nan and infinity, which are no JSON, but with `allow_nan`.
+    """
+    write_atomic(path, (json.dumps(value, indent=2, default=json_value, allow_nan=allow_nan) + "\n").encode())
 
 
 def json_value(value):
@@ -285,7 +288,7 @@ def write_config(folder, config):
         "command": command_line(),
         "format_version": CONFIG_VERSION,
     }
-    write_json(Path(folder) / "config.json", whole)
+    write_json(Path(folder) / "config.json", whole, allow_nan=True)  # --clip_norm=inf
 
 
 def note_continuation(folder, config, step):
@@ -293,7 +296,7 @@ def note_continuation(folder, config, step):
     earlier = config.get("continued")
     entry = {"step": step, "command": command_line(), "versions": versions()}
     entries = [*(earlier if isinstance(earlier, list) else []), entry]
-    write_json(Path(folder) / "config.json", {**config, "continued": entries})
+    write_json(Path(folder) / "config.json", {**config, "continued": entries}, allow_nan=True)
 
 
 def command_line():

@@ -63,7 +63,7 @@ def test(folder, options):
         scored = training.evaluate(system, problem, problem.test)
     users = f"fold {stored.fold} of {stored.num_folds}" if stored.fold >= 0 else "drawn"
     print(f"{folder.name}, {path.name}: {len(scored.user)} test users ({users} by seed {stored.random_seed})")
-    report = {"checkpoint": path.name, "step": step, "options": vars(stored)}
+    report = {"checkpoint": path.name, "step": step, "options": finite(vars(stored))}
     report |= figures(scored, scored.prediction, problem.ratings)
     print_figures(report)
     if options.test_baseline:
@@ -80,8 +80,9 @@ def figures(scored, prediction, ratings):
     errors = metrics.prediction_errors(scored.target, prediction, ratings.low, ratings.high)
     level = metrics.nearest_level(scored.target, ratings.levels)
     by_level = metrics.rmse_by_group(errors**2, level, len(ratings.levels))
+    summary = metrics.summary(errors**2, abs(errors), level)
     return {
-        **metrics.summary(errors**2, abs(errors), level),
+        **{name: none_if_nan(value) for name, value in summary.items()},
         "by_rating": [
             {"rating": float(value), "n": int(n), "rmse": none_if_nan(rmse), "rmse_se": none_if_nan(error)}
             for value, (rmse, error, n) in zip(ratings.levels, zip(*by_level, strict=True), strict=True)
@@ -89,18 +90,22 @@ def figures(scored, prediction, ratings):
     }
 
 
+def finite(options):
+    """The options with infinite ones as text: JSON knows no infinity."""
+    return {name: str(value) if value == float("inf") else value for name, value in options.items()}
+
+
 def none_if_nan(value):
     """JSON knows no nan."""
-    return float(value) if np.isfinite(value) else None
+    return value if np.isfinite(value) else None
 
 
 def print_figures(report):
     """Print what `figures` gave."""
     for name, label in (("rmse", "RMSE"), ("mae", "MAE"), ("macro_rmse", "macro-RMSE")):
-        print(f"{label:<12}{report[name]:.4f}  (standard error {report[f'{name}_se']:.4f})")
+        print(f"{label:<12}{metrics.text(report[name])}  (standard error {metrics.text(report[f'{name}_se'])})")
     for row in report["by_rating"]:
-        rmse = "--" if row["rmse"] is None else f"{row['rmse']:.4f}"
-        print(f"  rating {row['rating']:<5g} RMSE {rmse}  ({row['n']} targets)")
+        print(f"  rating {row['rating']:<5g} RMSE {metrics.text(row['rmse'])}  ({row['n']} targets)")
 
 
 def simple_predictors(problem, options, scored):
@@ -115,7 +120,5 @@ def print_table(reports):
     width = max(map(len, reports))
     print(f"{'':<{width}}  RMSE (standard error)   MAE     macro-RMSE")
     for name, report in reports.items():
-        print(
-            f"{name:<{width}}  {report['rmse']:.4f} ({report['rmse_se']:.4f})         "
-            f"{report['mae']:.4f}  {report['macro_rmse']:.4f}"
-        )
+        rmse, error, mae, macro = (metrics.text(report[key]) for key in ("rmse", "rmse_se", "mae", "macro_rmse"))
+        print(f"{name:<{width}}  {f'{rmse} ({error})':<24}{mae}  {macro}")

@@ -1,11 +1,16 @@
 """Every figure against a plain loop, a closed form or a simulation."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import card
 import metrics
+import runs
+import testing
 from utils import UserError
 
 LEVELS = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -120,6 +125,24 @@ def test_levels_without_targets_do_not_count_in_the_mean():
     values, errors, counts = metrics.rmse_by_group(squared, level, 5)
     assert np.isnan(values[1:4]).all() and np.isnan(errors[1:4]).all() and counts.tolist() == [2, 0, 0, 0, 2]
     assert (values[0], values[4]) == (1.0, 3.0)
+
+
+@pytest.mark.parametrize("target", [[1.0, 5.0, 5.0], [5.0]])
+def test_figures_that_few_targets_do_not_have_are_null(target, tmp_path, capsys):
+    """The macro-RMSE has no standard error where a level has one target, the RMSE none where there is one in all."""
+    target = np.array(target)
+    ratings = SimpleNamespace(low=1.0, high=5.0, levels=LEVELS)
+    report = testing.figures(SimpleNamespace(target=target), target - 1, ratings)
+    assert report["macro_rmse_se"] is None and (report["rmse_se"] is None) == (len(target) == 1)
+    runs.write_json(tmp_path / "test.json", report | {"step": 1})
+    assert json.loads((tmp_path / "test.json").read_text()) == report | {"step": 1}
+    testing.print_figures(report)
+    testing.print_table({"ours": report})
+    shown = capsys.readouterr().out
+    assert "standard error --" in shown and f"{report['mae']:.4f}" in shown and "nan" not in shown
+    assert "| -- |" in card.figures(tmp_path, 1)
+    with pytest.raises(ValueError, match="JSON"):
+        runs.write_json(tmp_path / "test.json", {"rmse": math.nan})
 
 
 def test_nearest_level_bins_a_fine_scale():
