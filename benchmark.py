@@ -276,11 +276,9 @@ def apart(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def measure_step(bench, form, count, n_items, more, steps=1):
-    """In a fresh process: (mean seconds of so many outer steps, MB that they added to the process)."""
-    set_up(bench)
+def outer_steps(bench, form, count, n_items, more, steps=1):
+    """A function that takes so many outer steps, each of `count` tasks."""
     options = settings(form, bench, f"--model={bench.models[0]}", *more)
-    before = peak_memory(bench)
     system, (sequences, drawn) = build(options, bench, n_items), stretches(options, count * steps, n_items)
     parts = (dataloader.take(drawn, numbers) for numbers in np.split(np.arange(count * steps), steps))
     batches = [training.own_share(sequences, part, options) for part in parts]
@@ -290,8 +288,22 @@ def measure_step(bench, form, count, n_items, more, steps=1):
         for each in batches:
             training.train_step(system, run.optimizer, each, options, 1)
 
-    seconds = medians(bench, take)[0]
-    return seconds / steps, peak_memory(bench) - before
+    return take
+
+
+def measure_memory(bench, *given):
+    """In a fresh process: MB that outer steps add to it."""
+    set_up(bench)
+    before, take = peak_memory(bench), outer_steps(bench, *given)
+    take()
+    take()  # now with all that the optimizer holds
+    return peak_memory(bench) - before
+
+
+def time_and_memory(bench, form, cases):
+    """[(seconds, MB)] of the outer steps of each case; the cases take turns, and have memory of their own."""
+    seconds = medians(bench, *(outer_steps(bench, form, *case) for case in cases))
+    return list(zip(seconds, [apart(measure_memory, bench, form, *case) for case in cases], strict=True))
 
 
 def set_up(bench):
@@ -356,32 +368,28 @@ def bench_catalogue(bench):
     """An outer step with few and with many items, these with --sparse_items."""
     rows = []
     for form in FORMS:
-        count = settings(form, bench).batch_size
-        few, small = apart(measure_step, bench, form, count, bench.items, ())
+        count, kinds = settings(form, bench).batch_size, {"sparse": True, "dense": False}
+        cases = [(count, bench.many_items, (f"--sparse_items={sparse}",)) for sparse in kinds.values()]
+        (few, small), *many = time_and_memory(bench, form, [(count, bench.items, ()), *cases])
         rows.append(row(f"{form}: {bench.items:,} items", 1e3 * few, "ms"))
-        for sparse in (True, False):
-            more = (f"--sparse_items={sparse}",)
-            many, large = apart(measure_step, bench, form, count, bench.many_items, more)
-            name = f"{form}: {bench.many_items:,} items, {'sparse' if sparse else 'dense'}"
-            rows.append(row(f"{name}: time", 1e3 * many, "ms"))
-            rows.append(row(f"{name}: ratio", many / few, "x", at_most=1.5 if sparse else None))
-            rows.append(row(f"{name}: more memory", large - small, "MB", at_most=2000 if sparse else None))
+        for (kind, sparse), (seconds, memory) in zip(kinds.items(), many, strict=True):
+            name = f"{form}: {bench.many_items:,} items, {kind}"
+            rows.append(row(f"{name}: time", 1e3 * seconds, "ms"))
+            rows.append(row(f"{name}: ratio", seconds / few, "x", at_most=1.5 if sparse else None))
+            rows.append(row(f"{name}: more memory", memory - small, "MB", at_most=2000 if sparse else None))
     return rows
 
 
 def bench_tasks(bench):
     """Time per task and memory as the meta-batch grows, whole and in chunks; the tasks are the same."""
-    rows, most = [], 16 * bench.tasks
+    rows, least, most = [], bench.tasks, 16 * bench.tasks
+    pairs = [(count, chunk) for count in (least, 4 * least, most) for chunk in (0, least) if chunk != count]
     for form in FORMS:
-        for count in (bench.tasks, 4 * bench.tasks, most):
-            for chunk in (0, bench.tasks):
-                if chunk == count:
-                    continue
-                given = form, count, bench.items, (f"--task_chunk={chunk}",), most // count
-                seconds, memory = apart(measure_step, bench, *given)
-                name = f"{form}: {count} tasks" + (f", {chunk} at once" if chunk else "")
-                rows.append(row(f"{name}: time a task", 1e3 * seconds / count, "ms"))
-                rows.append(row(f"{name}: memory", memory, "MB"))
+        cases = [(count, bench.items, (f"--task_chunk={chunk}",), most // count) for count, chunk in pairs]
+        for (count, chunk), (seconds, memory) in zip(pairs, time_and_memory(bench, form, cases), strict=True):
+            name = f"{form}: {count} tasks" + (f", {chunk} at once" if chunk else "")
+            rows.append(row(f"{name}: time a task", 1e3 * seconds / most, "ms"))
+            rows.append(row(f"{name}: memory", memory, "MB"))
     return rows
 
 
@@ -390,9 +398,8 @@ def bench_steps(bench):
     rows = []
     for form in FORMS:
         count = settings(form, bench).batch_size
-        (short, small), (long, large) = (
-            apart(measure_step, bench, form, count, bench.items, (f"--num_inner_steps={k}",)) for k in (3, 10)
-        )
+        cases = [(count, bench.items, (f"--num_inner_steps={k}",)) for k in (3, 10)]
+        (short, small), (long, large) = time_and_memory(bench, form, cases)
         rows.append(row(f"{form}: memory of 3 steps", small, "MB"))
         rows.append(row(f"{form}: memory of 10 over 3", large / max(small, 1), "x", at_most=2.5))
         rows.append(row(f"{form}: time of 10 over 3", long / short, "x"))

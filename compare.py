@@ -7,8 +7,8 @@
     python compare.py --demo                                        # the bundled sample: minutes on 2 cores
 
 Any option of main.py may be given too and reaches every run. The same command again goes on where the last one
-stopped: finished runs are not repeated, interrupted ones continue from their checkpoint. A run with other options
-than before, also with more iterations, begins anew.
+stopped: finished runs are not repeated, interrupted ones continue from their checkpoint. With more iterations
+than before a run begins anew; with other options it is refused.
 
     <output>/runs/fold0-seed222/            what main.py and pretrain.py wrote; fold0-seed222-paper: --paper_form=True
     <output>/predictions/*.parquet          every prediction, and what is known of the run that made it
@@ -164,9 +164,9 @@ def run_cell(work, cell):
 def train(work, cell, folder, slot):
     """Run the cell's script to its end, going on from a checkpoint if it can; None, or its last words."""
     script, words = command(work.args, cell)
-    anew = work.args.demo or holds_another_run(folder, work.options[cell])
+    anew = work.args.demo or is_to_grow(folder, work.options[cell])
     if anew and not work.args.demo:
-        tqdm.write(f"{shown(cell)}: begun anew, for its options have changed", file=sys.stderr)
+        tqdm.write(f"{shown(cell)}: begun anew, to have more iterations", file=sys.stderr)
     environment = {**os.environ, "OMP_NUM_THREADS": str(work.args.threads), **slot}
     make_folder(folder)
     with open(folder / "output.txt", "w") as output, open(folder / "errors.txt", "w") as errors:
@@ -183,19 +183,20 @@ def train(work, cell, folder, slot):
     return last.removeprefix("error: ") if status else None
 
 
-def holds_another_run(folder, options):
-    """Whether the folder's newest checkpoint was made with other options.
+def is_to_grow(folder, options):
+    """Whether the run in a folder differs in nothing but that it was to have fewer iterations.
 
-    With --resume a script would accept one of fewer iterations, though its learning rates fell to an earlier end.
+    With --resume a script would go on with it, though its learning rates fell to an earlier end.
     """
     state = runs.load_newest(folder, {"options": dict})
     if state is None:
         return False
     try:
-        runs.check_resume(state["options"], kept_options(options), may_grow=())
+        kept = kept_options(options)
+        runs.check_resume(state["options"], kept)
     except UserError:
-        return True
-    return False
+        return False  # the script will say why
+    return state["options"]["num_train_iterations"] != runs.as_stored(kept)["num_train_iterations"]
 
 
 def kept_options(options):
