@@ -20,10 +20,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import baselines
-import dataloader
 import metrics
 import runs
 import testing
+import tracking
 import training
 from utils import UserError
 
@@ -167,8 +167,7 @@ def validation_curve(folder):
     return [[e.step / rate[e.step] if rate[e.step] else 0.0, e.value] for e in events.Scalars("validation/rmse")]
 
 
-@torch.no_grad()
-def learned_weights(system, problem, chunk=256):
+def learned_weights(system, problem):
     """Mean weight in the loss of each rating level, for the least and the most balanced third of the test users.
 
     Averaged over steps and support positions: {"imbalanced": one for each level, "balanced": likewise}, None where
@@ -178,15 +177,9 @@ def learned_weights(system, problem, chunk=256):
     score = balance_scores(problem, system.options)
     groups = {"imbalanced": score <= np.quantile(score, 1 / 3), "balanced": score >= np.quantile(score, 2 / 3)}
     total, count = np.zeros((2, len(users), len(ratings.levels)))
-    for i in range(0, len(users), chunk):
-        tasks = dataloader.last_tasks(problem.sequences, users[i : i + chunk], system.options)
-        tasks = training.move(tasks, system)
-        weights = system.explain(tasks)[1].mean(1)[tasks.support].cpu().numpy()
-        values = system.to_rating(tasks.ratings[tasks.support]).cpu().numpy()
-        times = tasks.times[tasks.support].cpu().numpy()
-        user = i + tasks.support.nonzero()[:, 0].cpu().numpy()
-        at = user, metrics.nearest_level(values, ratings.levels)
-        np.add.at(total, at, weights * times)
+    for user, level, weights, times in tracking.support_weights(system, problem, users):
+        at = user, level
+        np.add.at(total, at, weights.mean(1) * times)
         np.add.at(count, at, times)
     return {name: mean_or_none(total[group].sum(0), count[group].sum(0)) for name, group in groups.items()}
 

@@ -16,6 +16,8 @@ import projector
 import runs
 from events import EventLog
 
+AT_ONCE = 27_000  # positions of windows that are explained together
+
 GUIDE = """`{command}`
 
 {n_train:,} training, {n_validation:,} validation and {n_test:,} test users; {n_items:,} items; {n_ratings:,} ratings \
@@ -138,15 +140,25 @@ def log_learned(run, log):
                 log.add_scalar(f"loss_weight/rating_{value:g}", mean[level == number].mean(), iteration)
 
 
-@torch.no_grad()
 def rating_weights(run, most_users=256):
     """Weights that the loss network gives to the support ratings of some validation users at each inner step (n, K),
     and the numbers of these ratings' levels (n,)."""
-    users = run.problem.validation[:most_users]
-    tasks = dataloader.last_tasks(run.problem.sequences, users, run.options)
-    device = run.system.scale.device
-    tasks = dataloader.Tasks(*(tensor.to(device) for tensor in tasks))
-    weights = run.average.explain(tasks)[1].movedim(1, -1)[tasks.support].cpu().numpy()
-    values = run.average.to_rating(tasks.ratings[tasks.support]).cpu().numpy()
-    times = tasks.times[tasks.support].cpu().numpy()
-    return weights.repeat(times, 0), metrics.nearest_level(values, run.problem.ratings.levels).repeat(times)
+    parts = support_weights(run.average, run.problem, run.problem.validation[:most_users])
+    _, level, weights, times = map(np.concatenate, zip(*parts, strict=True))
+    return weights.repeat(times, 0), level.repeat(times)
+
+
+@torch.no_grad()
+def support_weights(system, problem, users):
+    """Of users' support ratings, some users at a time: (place of the user in `users`, number of the rating's level,
+    weight at each inner step (n, K), how often the rating counts)."""
+    options, device = system.options, system.scale.device
+    at_once = options.task_chunk or max(1, AT_ONCE // (options.num_samples * (options.max_seq_len - 1)))
+    for first in range(0, len(users), at_once):
+        tasks = dataloader.last_tasks(problem.sequences, users[first : first + at_once], options)
+        tasks = dataloader.Tasks(*(tensor.to(device) for tensor in tasks))
+        weights = system.explain(tasks)[1].movedim(1, -1)[tasks.support].cpu().numpy()
+        values = system.to_rating(tasks.ratings[tasks.support]).cpu().numpy()
+        user = first + tasks.support.nonzero()[:, 0].cpu().numpy()
+        times = tasks.times[tasks.support].cpu().numpy()
+        yield user, metrics.nearest_level(values, problem.ratings.levels), weights, times
