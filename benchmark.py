@@ -221,7 +221,7 @@ def backward(system, tasks, weights):
     """Add the meta-gradient of tasks to the parameters, as training does."""
     system.zero_grad()
     for _, part in dataloader.by_size(tasks, system.options.task_chunk, system.scale.is_cuda):
-        part = training.move(part, system)
+        part = part.to(system.scale.device)
         losses = maml.query_losses(system(part, system.options.use_second_order), part).sum(0) / len(tasks.table)
         (losses * weights).sum().backward()
 
@@ -332,7 +332,7 @@ def bench_learners(bench):
             system, tasks = build(options, bench), draw(options, bench.tasks)
             width, name = options.max_seq_len - 1, f"{model}, {form}"
             weights = maml.objective_weights(options, 1).to(bench.device)
-            slow = training.move(spread(draw(options, bench.tasks, shared=False), width), system)
+            slow = spread(draw(options, bench.tasks, shared=False), width).to(bench.device)
             few = (type(tasks)(*(tensor[:4] for tensor in its)) for its in (tasks, slow))
             rows.append(row(f"{name}: gradients differ by", gradient_difference(system, *few), "", at_most=1e-5))
             fast, naive = medians(
@@ -490,7 +490,7 @@ def bench_parts(bench):
             optimizer = RowAdamW(training.parameter_groups(system, options))
             weights = maml.objective_weights(options, 1).to(bench.device)
             second, parts = options.use_second_order, dataloader.by_size(tasks, 0, on_gpu)
-            parts = [training.move(part, system) for _, part in parts]
+            parts = [part.to(bench.device) for _, part in parts]
             with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counted:
                 backward(system, tasks, weights)
             sample, forward, inner, whole, step = medians(
@@ -718,7 +718,7 @@ def measure_items(bench, n_items):
     seconds = medians(bench, lambda: training.train_step(system, run.optimizer, batch, options, 1))[0]
     mean = medians(bench, run.optimizer.catch_up)[0]
     held, begin = peak_memory(bench) - before, time.process_time()
-    state = {name: part.state_dict() for name, part in (("system", run.average), ("last", system))}
+    state = {"system": training.average_state(run), "last": system.state_dict()}
     with tempfile.TemporaryDirectory() as folder:
         path = runs.save_checkpoint(folder, 1, {**state, "optimizer": run.optimizer.state_dict()["state"]})
         size = path.stat().st_size / 1e6

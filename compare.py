@@ -15,7 +15,6 @@ than before a run begins anew; with other options it is refused.
     <output>/table.md, *.csv, *.png, *.svg  made from the predictions alone
 """
 
-import math
 import os
 import queue
 import signal
@@ -35,6 +34,7 @@ import datasets
 import options as option_module
 import plots
 import predictions
+import pretrain
 import report
 import runs
 import training
@@ -203,8 +203,7 @@ def kept_options(options):
     """The options as a cell's script keeps them: pretrain.py counts its iterations where they are not given."""
     if options.num_train_iterations is not None:
         return options
-    problem = training.load_problem(options)
-    count = math.ceil(options.pretrain_epochs * len(problem.train) / options.batch_size)
+    count = pretrain.count_iterations(options, training.load_problem(options))
     return {**vars(options), "num_train_iterations": count}
 
 

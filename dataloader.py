@@ -38,6 +38,10 @@ class Tasks(NamedTuple):
     query_last: torch.Tensor  # (T,) last position of the query's history in row 0; -1: no history
     task: torch.Tensor  # (B,) number of the task that a block is of; read where B > T alone
 
+    def to(self, device):
+        """The same tasks on a device."""
+        return Tasks(*(tensor.to(device, non_blocking=True) for tensor in self))
+
 
 IN_ROWS = ("items", "ratings", "segment", "position", "known", "support", "times")  # those of shape (B, R, S)
 
@@ -220,6 +224,7 @@ def deal(stretches, groups, options):
 
 PART = 900  # positions whose arithmetic costs as much as calling the operations of another part
 CACHE = 6000  # positions whose arrays fill a processor's cache
+AT_ONCE = 27_000  # the same without a meta-gradient, for which fewer arrays wait
 STRIP = 64  # tasks at which a part may begin that are looked at together
 BLOCK = 2  # rows in a block, unless all of a task's are in one
 WEIGHTS = 15  # positions whose arithmetic costs as much as copying a task's weights for a block

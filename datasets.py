@@ -305,18 +305,11 @@ def describe(columns, levels, longest):
         "ratings": len(columns.ratings),
         "mean length": lengths.mean(),
         f"mean length, last {longest}": np.minimum(lengths, longest).mean(),
-        "balance score": balance(histogram),
+        "balance score": metrics.balance(histogram),
         "share of ties": ties.mean(),
         "first day": days[0],
         "last day": days[1],
     }
-
-
-def balance(histogram):
-    """Entropy of rating histograms (..., n_levels) over its maximum: 0 one rating (or level) alone, 1 all as often."""
-    share = histogram / histogram.sum(-1, keepdims=True)
-    entropy = abs((share * np.log(np.maximum(share, 1e-300))).sum(-1))  # the sum is -0 for one rating alone
-    return entropy / np.log(max(histogram.shape[-1], 2))
 
 
 def print_table(path, before, after, ratings, notes):
@@ -348,7 +341,7 @@ def plot(file, ratings):
     left.set(xlabel="rating", ylabel="ratings")
     middle.hist(lengths, bins=np.geomspace(lengths.min(), lengths.max() + 1, 40))
     middle.set(xlabel="ratings of a user", ylabel="users", xscale="log")
-    right.hist(balance(histograms), bins=40, range=(0, 1))
+    right.hist(metrics.balance(histograms), bins=40, range=(0, 1))
     right.set(xlabel="balance score of a user", ylabel="users")
     try:
         figure.savefig(file)

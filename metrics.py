@@ -81,15 +81,20 @@ def nearest_level(values, levels):
     return np.searchsorted((levels[1:] + levels[:-1]) / 2, values)
 
 
-def balance_score(values, mask, levels):
-    """Entropy of each user's rating histogram over its maximum, ln(number of levels): (T,) from (T, S).
+def balance(histogram):
+    """Entropy of rating histograms (..., n_levels) over its maximum, ln(n_levels): (...).
 
     0: all ratings are at one level (or there is no rating, or one level only); 1: every level equally often.
     """
+    share = histogram / np.maximum(histogram.sum(-1, keepdims=True), 1)
+    entropy = abs(np.sum(share * np.log(np.where(share > 0, share, 1)), axis=-1))  # the sum is -0 where it is none
+    return np.clip(entropy / np.log(max(histogram.shape[-1], 2)), 0, 1)
+
+
+def balance_score(values, mask, levels):
+    """`balance` of each user's ratings: (T,) from (T, S)."""
     at_level = (nearest_level(values, levels)[..., None] == np.arange(len(levels))) & mask[..., None]
-    share = at_level.sum(1) / np.maximum(mask.sum(1), 1)[:, None]
-    entropy = -np.sum(share * np.log(np.where(share > 0, share, 1)), axis=1)
-    return np.clip(entropy / np.log(max(len(levels), 2)), 0, 1)
+    return balance(at_level.sum(1))
 
 
 def balance_group(score, n_groups=5):

@@ -276,7 +276,7 @@ def add_outer_options(parser):
         count(1),
         "learners that are trained side by side, each with a seed of its own; predictions are their mean",
     )
-    add("balance", 0.0, real(0, 10), "power of its rarity that a rating counts in the meta-objective; 0 = all alike")
+    add("balance", 0.0, real(0, 10), "a rating counts its rarity to this power in the meta-objective; 0 = all alike")
     add("warmup", 50, count(1), "iterations over which all rates rise")
     add("weight_decay", 0.01, real(0), "decoupled weight decay of the encoder")
     add(

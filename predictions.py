@@ -143,7 +143,7 @@ def shots_of(options):
 
 def score_run(path, cell, options, folder):
     """Score the best checkpoint of a run's folder on its test users, at every support size."""
-    system, _, problem = testing.load_system(runs.checkpoint_path(folder), options)
+    system, _, problem, _ = testing.load_system(runs.checkpoint_path(folder), options)
     parts = []
     for shots in shots_of(options):
         scored = training.evaluate(system, problem, problem.test, shots)

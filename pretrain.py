@@ -29,9 +29,14 @@ def main(argv=None):
         runs.check_folder(folder, opts)
     problem = training.load_problem(opts)
     if opts.num_train_iterations is None:
-        opts.num_train_iterations = math.ceil(opts.pretrain_epochs * len(problem.train) / opts.batch_size)
+        opts.num_train_iterations = count_iterations(opts, problem)
     system = training.build_system(problem, opts).to(choose_device(opts.device, opts.deterministic))
     return training.fit(system, problem, opts, folder)
+
+
+def count_iterations(opts, problem):
+    """The iterations that --pretrain_epochs takes."""
+    return math.ceil(opts.pretrain_epochs * len(problem.train) / opts.batch_size)
 
 
 if __name__ == "__main__":

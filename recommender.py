@@ -183,8 +183,7 @@ class Recommender:
         sequences = dataloader.Sequences(offsets, np.concatenate(items), standard)
         blank = np.zeros(query_items.shape)
         windows, asked = dataloader.support_windows(lengths, self.options), (query_items, blank, blank == 0)
-        tasks = dataloader.assemble(sequences, offsets[:-1], lengths, windows, asked, self.options)
-        return dataloader.Tasks(*(tensor.to(self.device) for tensor in tasks))
+        return dataloader.assemble(sequences, offsets[:-1], lengths, windows, asked, self.options).to(self.device)
 
     @torch.no_grad()
     def _adapt(self, supports):

@@ -17,15 +17,10 @@ FROM_COMMAND = ("data_path", "cache_dir", "data_url", "device", "log_dir", "task
 
 
 def load_system(path, options, problem=None):
-    """The trained system of a checkpoint, its own options, and its problem: (system, options, problem).
+    """The trained system of a checkpoint, its own options, its problem and its step: (system, options, problem, step).
 
     UserError where the checkpoint is damaged, of another model, or belongs to other data than those at hand.
     """
-    return load_with_step(path, options, problem)[:3]
-
-
-def load_with_step(path, options, problem=None):
-    """What `load_system` gives, and the checkpoint's step: (system, options, problem, step)."""
     state = runs.load_checkpoint(path, training.STATE)
     given = {name: value for name in FROM_COMMAND if (value := getattr(options, name)) not in (None, 0)}
     stored = option_module.restore(state["options"], given, path)
@@ -43,7 +38,7 @@ def load_pretrained(system, problem, options):
     """
     folder = runs.run_folder(options.pretrain_log_dir, options.mode, options.model, "basic")
     path = runs.checkpoint_path(folder)
-    basic, stored, _ = load_system(path, options, problem)
+    basic, stored, _, _ = load_system(path, options, problem)
     for name in ("random_seed", "fold", "num_folds", "num_test_data"):
         if getattr(stored, name) != getattr(options, name):
             raise UserError(f"{path} was trained with another --{name}, so it has seen test users: pretrain anew")
@@ -58,7 +53,7 @@ def load_pretrained(system, problem, options):
 def test(folder, options):
     """Test the checkpoint `checkpoint_step` (-1: the best), print its figures and write test.json. Returns 0."""
     path = runs.checkpoint_path(folder, options.checkpoint_step)
-    system, stored, problem, step = load_with_step(path, options)
+    system, stored, problem, step = load_system(path, options)
     with training.naming_what_to_lower(stored):
         scored = training.evaluate(system, problem, problem.test)
     users = f"fold {stored.fold} of {stored.num_folds}" if stored.fold >= 0 else "drawn"

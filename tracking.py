@@ -16,8 +16,6 @@ import projector
 import runs
 from events import EventLog
 
-AT_ONCE = 27_000  # positions of windows that are explained together
-
 GUIDE = """`{command}`
 
 {n_train:,} training, {n_validation:,} validation and {n_test:,} test users; {n_items:,} items; {n_ratings:,} ratings \
@@ -153,10 +151,9 @@ def support_weights(system, problem, users):
     """Of users' support ratings, some users at a time: (place of the user in `users`, number of the rating's level,
     weight at each inner step (n, K), how often the rating counts)."""
     options, device = system.options, system.scale.device
-    at_once = options.task_chunk or max(1, AT_ONCE // (options.num_samples * (options.max_seq_len - 1)))
+    at_once = options.task_chunk or max(1, dataloader.AT_ONCE // (options.num_samples * (options.max_seq_len - 1)))
     for first in range(0, len(users), at_once):
-        tasks = dataloader.last_tasks(problem.sequences, users[first : first + at_once], options)
-        tasks = dataloader.Tasks(*(tensor.to(device) for tensor in tasks))
+        tasks = dataloader.last_tasks(problem.sequences, users[first : first + at_once], options).to(device)
         weights = system.explain(tasks)[1].movedim(1, -1)[tasks.support].cpu().numpy()
         values = system.to_rating(tasks.ratings[tasks.support]).cpu().numpy()
         user = first + tasks.support.nonzero()[:, 0].cpu().numpy()

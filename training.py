@@ -99,21 +99,13 @@ class Scored(NamedTuple):
     unadapted: np.ndarray  # the same before the first inner step
 
 
-AT_ONCE = 27_000  # positions that are adapted to together; without a meta-gradient fewer arrays wait in the cache
-
-
 @torch.no_grad()
 def predict(system, tasks):
     """Predicted ratings (T, K + 1) of each task's single query after 0..K inner steps, float64 on the data's scale."""
     found = np.empty((len(tasks.table), system.options.num_inner_steps + 1))
-    for numbers, part in dataloader.by_size(tasks, system.options.task_chunk, system.scale.is_cuda, AT_ONCE):
-        found[numbers] = system.to_rating(system(move(part, system))[..., 0]).cpu().numpy()
+    for numbers, part in dataloader.by_size(tasks, system.options.task_chunk, system.scale.is_cuda, dataloader.AT_ONCE):
+        found[numbers] = system.to_rating(system(part.to(system.scale.device))[..., 0]).cpu().numpy()
     return found
-
-
-def move(tasks, system):
-    """The tasks on the device of the system."""
-    return dataloader.Tasks(*(tensor.to(system.scale.device, non_blocking=True) for tensor in tasks))
 
 
 def evaluate(system, problem, users, shots=None, num_targets=1):
@@ -277,7 +269,7 @@ def parts_of(system, batch):
     """The parts of a batch, on the system's device, one after the other."""
     for tasks in batch.groups:
         for _, part in dataloader.by_size(tasks, system.options.task_chunk, system.scale.is_cuda):
-            yield move(part, system)
+            yield part.to(system.scale.device)
 
 
 def sum_over_processes(system, parameters, batch, figures, meanwhile):

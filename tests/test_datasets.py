@@ -612,13 +612,6 @@ def test_the_command_prints_the_data_table_and_a_picture(tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_balance_of_histograms():
-    found = datasets.balance(np.array([[4, 0, 0], [2, 2, 2], [2, 2, 0]]))
-    assert found == pytest.approx([0, 1, np.log(2) / np.log(3)])
-    one_level = datasets.balance(np.array([[5], [1]]))
-    assert [f"{value:g}" for value in (found[0], *one_level)] == ["0", "0", "0"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

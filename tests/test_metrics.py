@@ -152,6 +152,13 @@ def test_nearest_level_bins_a_fine_scale():
     assert metrics.nearest_level([0.5, 3.5], np.arange(0.5, 5.5, 0.5)).tolist() == [0, 6]
 
 
+def test_balance_of_histograms():
+    found = metrics.balance(np.array([[4, 0, 0], [2, 2, 2], [2, 2, 0]]))
+    assert found == pytest.approx([0, 1, np.log(2) / np.log(3)])
+    one_level = metrics.balance(np.array([[5], [1]]))
+    assert [f"{value:g}" for value in (found[0], *one_level)] == ["0", "0", "0"]
+
+
 def test_balance_score_in_closed_form():
     values = np.array([[5, 5, 5, 5, 5], [1, 2, 3, 4, 5], [4, 5, 4, 5, 1], [0, 0, 0, 0, 0]], float)
     mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]], bool)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import struct
 import termios
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_a_test_holds_as_many_tasks_at_once_as_training_did(trained, monkeypatch
     state["options"]["task_chunk"] = 3
     monkeypatch.setattr(runs, "load_checkpoint", lambda *_: state)
     monkeypatch.chdir(trained)
-    system, stored, _ = testing.load_system(path, options.parse("", [*SAMPLE, *SMALL, *flags]))
+    system, stored, _, _ = testing.load_system(path, options.parse("", [*SAMPLE, *SMALL, *flags]))
     assert system.options.task_chunk == stored.task_chunk == chunk
 
 
@@ -167,6 +168,11 @@ def test_pretrained_weights_of_other_sizes_are_refused(trained):
     assert "sizes" in error
 
 
+def test_a_run_that_goes_on_needs_no_pretrained_one(trained, tmp_path):
+    shutil.copytree(trained / "log", tmp_path / "log")
+    run(tmp_path, "main.py", *SAMPLE, *SMALL, "--load_pretrained_embedding=True", "--resume")
+
+
 def test_a_truncated_checkpoint_is_refused(trained):
     path = trained / "log/sample-bert4rec-melo/checkpoints/step-00000002.pt"
     whole = path.read_bytes()
@@ -197,12 +203,14 @@ def commands_of(*scripts):
 
 
 def test_training_commands_of_the_readme_run(tmp_path):
-    """In their order, each with the sample's data and tiny sizes added."""
+    """In their order, each with the sample's data and tiny sizes added, and none in the way of another."""
     found = [(words[1], words[2:]) for words in COMMANDS if words[0] == "python" and words[1] in SCRIPTS]
     assert len(found) >= 9
     small = *SMALL, "--lstm_hidden=4", "--lstm_input_size=3", "--num_samples=4", "--max_seq_len=8"
     for script, flags in found:
-        run(tmp_path, script, *flags, *SAMPLE, *small, *([] if "--test" in flags else ["--overwrite"]))
+        mode = next((flag for flag in flags if flag.startswith("--mode=")), "ml-1m")  # all are the sample's here
+        (tmp_path / mode).mkdir(exist_ok=True)
+        run(tmp_path / mode, script, *flags, *SAMPLE, *small)
 
 
 def test_commands_for_new_users_run(trained, tmp_path):

@@ -160,7 +160,7 @@ def problem(log):
 
 
 def test_reference_lines_are_scored_on_the_targets_of_validation(log, problem, monkeypatch):
-    system, options, _ = testing.load_system(runs.checkpoint_path(log / MELO), option_module.parse("", command(log)))
+    system, options, _, _ = testing.load_system(runs.checkpoint_path(log / MELO), option_module.parse("", command(log)))
     scored = training.evaluate(system, problem, problem.validation, num_targets=3)
     targets, prediction_errors = [], baselines.prediction_errors
 
