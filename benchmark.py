@@ -37,17 +37,13 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-import baselines
 import dataloader
-import item_tables
 import maml
-import metrics
 import options as option_module
-import processes
-import runs
-import training
-from models import kernels
-from optimizer import RowAdamW
+from evaluation import baselines, evaluate, metrics
+from models import checkpoint, item_tables, kernels
+from training import distributed, loop
+from training.optimizer import RowAdamW
 from utils import choose_device, keep_memory, random_stream, run_script
 
 FORMS = {"paper": ["--paper_form=True"], "default": []}
@@ -281,12 +277,12 @@ def outer_steps(bench, form, count, n_items, more, steps=1):
     options = settings(form, bench, f"--model={bench.models[0]}", *more)
     system, (sequences, drawn) = build(options, bench, n_items), stretches(options, count * steps, n_items)
     parts = (dataloader.take(drawn, numbers) for numbers in np.split(np.arange(count * steps), steps))
-    batches = [training.own_share(sequences, part, options) for part in parts]
-    run = training.new_run(system, None, options, None)
+    batches = [loop.own_share(sequences, part, options) for part in parts]
+    run = loop.new_run(system, None, options, None)
 
     def take():
         for each in batches:
-            training.train_step(system, run.optimizer, each, options, 1)
+            loop.train_step(system, run.optimizer, each, options, 1)
 
     return take
 
@@ -357,7 +353,7 @@ def bench_eval(bench):
             options = settings(form, bench, f"--model={model}")
             system = build(options, bench)
             seconds = medians(
-                bench, lambda s=system, o=options: training.predict(s, dataloader.last_tasks(sequences, users, o))
+                bench, lambda s=system, o=options: evaluate.predict(s, dataloader.last_tasks(sequences, users, o))
             )[0]
             target = (20000 if bench.device.type == "cuda" else 300) if model == "bert4rec" else None
             rows.append(row(f"{model}, {form}", bench.users / seconds, "users/s", at_least=target))
@@ -426,7 +422,7 @@ def measure_reading(bench, path, mode):
     options = settings("default", bench, f"--data_path={path}", f"--mode={mode}", f"--cache_dir={path.parent}")
     before, begin, cpu = peak_memory(bench), time.perf_counter(), time.process_time()
     with contextlib.redirect_stdout(sys.stderr):
-        training.load_problem(options)
+        dataloader.load_problem(options)
     return time.perf_counter() - begin, time.process_time() - cpu, peak_memory(bench) - before
 
 
@@ -450,7 +446,7 @@ def bench_data(bench):
     users = np.arange(len(sequences.offsets) - 1)
     for form in FORMS:
         options = settings(form, bench, "--batch_size=16")
-        seconds = medians(bench, lambda o=options: [training.draw_batch(sequences, users, o, i) for i in range(20)])
+        seconds = medians(bench, lambda o=options: [loop.draw_batch(sequences, users, o, i) for i in range(20)])
         rows.append(row(f"{form}: sampling and packing 16 tasks", 1e3 * seconds[0] / 20, "ms", at_most=2))
     return rows
 
@@ -487,7 +483,7 @@ def bench_parts(bench):
         for model in bench.models:
             options = settings(form, bench, f"--model={model}", f"--batch_size={bench.tasks}")
             system, tasks = build(options, bench), draw(options, bench.tasks)
-            optimizer = RowAdamW(training.parameter_groups(system, options))
+            optimizer = RowAdamW(loop.parameter_groups(system, options))
             weights = maml.objective_weights(options, 1).to(bench.device)
             second, parts = options.use_second_order, dataloader.by_size(tasks, 0, on_gpu)
             parts = [part.to(bench.device) for _, part in parts]
@@ -495,7 +491,7 @@ def bench_parts(bench):
                 backward(system, tasks, weights)
             sample, forward, inner, whole, step = medians(
                 bench,
-                lambda o=options: training.draw_batch(sequences, users, o, 0),
+                lambda o=options: loop.draw_batch(sequences, users, o, 0),
                 lambda s=system, t=parts, o=second: forward_alone(s, t, o),
                 lambda s=system, t=parts, o=second: [s(part, o) for part in t],
                 lambda s=system, t=tasks, w=weights: backward(s, t, w),
@@ -520,7 +516,7 @@ def bench_accuracy(bench):
     for model in bench.models:
         options = option_module.parse("", [*bench.rest, f"--model={model}"])
         with contextlib.redirect_stdout(sys.stderr):
-            problem = training.load_problem(options)
+            problem = dataloader.load_problem(options)
         goal = damped_error(problem, options)
         rows.append(row(f"{model}: goal, RMSE of the damped means", goal, ""))
         rows += [row(f"{model}: {name}", *figure) for name, figure in train_to(goal, problem, options, bench).items()]
@@ -541,20 +537,20 @@ def damped_error(problem, options):
 
 def validation_error(system, problem):
     """RMSE of the validation users' last ratings."""
-    scored = training.evaluate(system, problem, problem.validation)
+    scored = evaluate.evaluate(system, problem, problem.validation)
     return metrics.rmse((scored.prediction - scored.target) ** 2)[0]
 
 
 def train_to(goal, problem, options, bench):
     """Train until the validation RMSE is at most `goal`: {figure: (value, unit)}."""
     begin, cpu = time.perf_counter(), time.process_time()
-    system = training.build_system(problem, options).to(bench.device)
-    optimizer = RowAdamW(training.parameter_groups(system, options))
+    system = maml.build_system(problem, options).to(bench.device)
+    optimizer = RowAdamW(loop.parameter_groups(system, options))
     iteration, error = 0, validation_error(system, problem)
     while error > goal and iteration < options.num_train_iterations:
-        training.set_rates(optimizer, options, iteration)
-        batch = training.draw_batch(problem.sequences, problem.train, options, iteration)
-        training.train_step(system, optimizer, batch, options, iteration)
+        loop.set_rates(optimizer, options, iteration)
+        batch = loop.draw_batch(problem.sequences, problem.train, options, iteration)
+        loop.train_step(system, optimizer, batch, options, iteration)
         iteration += 1
         if iteration % bench.every == 0:
             error = validation_error(system, problem)
@@ -585,8 +581,8 @@ def as_process(rank, count, port, function, *arguments):
     """Be process `rank` of `count`, and do the work."""
     if count > 1:
         os.environ.update(RANK=f"{rank}", WORLD_SIZE=f"{count}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
-        processes.join()
-        processes.connect(torch.device("cpu"))
+        distributed.join()
+        distributed.connect(torch.device("cpu"))
     return function(*arguments)
 
 
@@ -599,25 +595,25 @@ def take_turns(bench, form, batch):
     set_up(bench)
     options = settings(form, bench, f"--model={bench.models[0]}", f"--batch_size={batch}")
     system, sequences = build(options, bench), synthetic()
-    optimizer = RowAdamW(training.parameter_groups(system, options))
-    users, drawn, alone = np.arange(len(sequences.offsets) - 1), {}, processes.Place()
-    ways = {"one": alone if processes.is_first() else None, "two": processes.place, "own": alone}
+    optimizer = RowAdamW(loop.parameter_groups(system, options))
+    users, drawn, alone = np.arange(len(sequences.offsets) - 1), {}, distributed.Place()
+    ways = {"one": alone if distributed.is_first() else None, "two": distributed.place, "own": alone}
     times = {way: [] for way, place in ways.items() if place}
 
     def step(way, turn):
         def draw(number=turn + 1):
-            drawn[way] = training.draw_batch(sequences, users, options, number)
+            drawn[way] = loop.draw_batch(sequences, users, options, number)
 
-        with mock.patch.object(processes, "place", ways[way]):
+        with mock.patch.object(distributed, "place", ways[way]):
             if not turn:
                 draw(0)
             begin, cpu = time.perf_counter(), time.process_time()
-            training.train_step(system, optimizer, drawn[way], options, turn, draw)
+            loop.train_step(system, optimizer, drawn[way], options, turn, draw)
             return time.perf_counter() - begin, time.process_time() - cpu
 
     for turn in range(1 + bench.reps * bench.steps):
         for way in ways:
-            processes.barrier()
+            distributed.barrier()
             if way in times:
                 times[way].append(step(way, turn))
     return {way: tuple(map(statistics.median, zip(*found[1:], strict=True))) for way, found in times.items()}
@@ -630,10 +626,10 @@ def measure_parameters(bench, form, count, batch, double=False, chunk=0):
     options = settings(form, bench, *more)
     system, sequences = build(options, bench), synthetic()
     system = system.double() if double else system
-    optimizer, users = RowAdamW(training.parameter_groups(system, options)), np.arange(len(sequences.offsets) - 1)
+    optimizer, users = RowAdamW(loop.parameter_groups(system, options)), np.arange(len(sequences.offsets) - 1)
     for iteration in range(count):
-        share = training.draw_batch(sequences, users, options, iteration)
-        training.train_step(system, optimizer, in_double(share) if double else share, options, iteration)
+        share = loop.draw_batch(sequences, users, options, iteration)
+        loop.train_step(system, optimizer, in_double(share) if double else share, options, iteration)
     return torch.cat([p.detach().flatten() for p in system.parameters()]).numpy()
 
 
@@ -690,7 +686,7 @@ def measure_ratings(bench, n_rows):
         options = settings("default", bench, f"--data_path={path}", "--mode=ml-25m", f"--cache_dir={folder}")
         before, begin = resident(), time.process_time()
         with contextlib.redirect_stdout(sys.stderr):
-            ratings, sequences, train, *_ = training.load_problem(options)
+            ratings, sequences, train, *_ = dataloader.load_problem(options)
         read, peak = time.process_time() - begin, peak_memory(bench) - before
         sizes = [sum(each.stat().st_size for each in Path(folder).glob(name)) / 1e6 for name in ("*.csv", "*.cache")]
         begin = time.process_time()
@@ -713,14 +709,14 @@ def measure_items(bench, n_items):
     options = settings("default", bench, "--sparse_items=True", f"--model={bench.models[0]}")
     before = resident()
     system = build(options, bench, n_items)
-    batch = training.own_share(*stretches(options, options.batch_size, n_items), options)
-    run = training.new_run(system, None, options, None)
-    seconds = medians(bench, lambda: training.train_step(system, run.optimizer, batch, options, 1))[0]
+    batch = loop.own_share(*stretches(options, options.batch_size, n_items), options)
+    run = loop.new_run(system, None, options, None)
+    seconds = medians(bench, lambda: loop.train_step(system, run.optimizer, batch, options, 1))[0]
     mean = medians(bench, run.optimizer.catch_up)[0]
     held, begin = peak_memory(bench) - before, time.process_time()
-    state = {"system": training.average_state(run), "last": system.state_dict()}
+    state = {"system": loop.average_state(run), "last": system.state_dict()}
     with tempfile.TemporaryDirectory() as folder:
-        path = runs.save_checkpoint(folder, 1, {**state, "optimizer": run.optimizer.state_dict()["state"]})
+        path = checkpoint.save_checkpoint(folder, 1, {**state, "optimizer": run.optimizer.state_dict()["state"]})
         size = path.stat().st_size / 1e6
     return {
         "memory of each process": (held, "MB"),
@@ -743,12 +739,12 @@ def bench_scaling(bench):
     sequences, users = synthetic(bench.users), np.arange(bench.users)
     for form in FORMS:
         options = settings(form, bench, f"--model={bench.models[0]}")
-        system, batch = build(options, bench), training.own_share(*stretches(options, options.batch_size), options)
-        optimizer = RowAdamW(training.parameter_groups(system, options))
+        system, batch = build(options, bench), loop.own_share(*stretches(options, options.batch_size), options)
+        optimizer = RowAdamW(loop.parameter_groups(system, options))
         adapt, step = medians(
             bench,
-            lambda s=system, o=options: training.predict(s, dataloader.last_tasks(sequences, users, o)),
-            lambda s=system, o=options, p=optimizer, b=batch: training.train_step(s, p, b, o, 1),
+            lambda s=system, o=options: evaluate.predict(s, dataloader.last_tasks(sequences, users, o)),
+            lambda s=system, o=options, p=optimizer, b=batch: loop.train_step(s, p, b, o, 1),
         )
         rows.append(row(f"{form}: a thousand users adapted to", 1e3 * adapt / bench.users, "s"))
         rows.append(row(f"{form}: a thousand tasks trained on", 1e3 * step / options.batch_size, "s"))

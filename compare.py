@@ -30,15 +30,14 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-import datasets
+import dataloader
 import options as option_module
-import plots
-import predictions
 import pretrain
-import report
-import runs
-import training
-from predictions import Cell
+import utils
+from evaluation import figures, predictions, tables
+from evaluation.predictions import Cell
+from models import checkpoint
+from ratings import cache
 from utils import UserError, run_script
 
 ROOT = Path(__file__).parent
@@ -145,10 +144,10 @@ def run_cell(work, cell):
             return "not started"
         if cell.learner == "simple":
             return predictions.score_simple(path, cell, options)
-        folder = runs.run_folder(options.log_dir, options.mode, cell.learner, cell.method)
+        folder = checkpoint.run_folder(options.log_dir, options.mode, cell.learner, cell.method)
         if error := train(work, cell, folder, slot):
             return error
-        with work.scoring, training.naming_what_to_lower(options):
+        with work.scoring, utils.naming_what_to_lower(options):
             return predictions.score_run(path, cell, options, folder)
     except UserError as error:
         return str(error)
@@ -188,22 +187,22 @@ def is_to_grow(folder, options):
 
     With --resume a script would go on with it, though its learning rates fell to an earlier end.
     """
-    state = runs.load_newest(folder, {"options": dict})
+    state = checkpoint.load_newest(folder, {"options": dict})
     if state is None:
         return False
     try:
         kept = kept_options(options)
-        runs.check_resume(state["options"], kept)
+        option_module.check_resume(state["options"], kept)
     except UserError:
         return False  # the script will say why
-    return state["options"]["num_train_iterations"] != runs.as_stored(kept)["num_train_iterations"]
+    return state["options"]["num_train_iterations"] != option_module.as_stored(kept)["num_train_iterations"]
 
 
 def kept_options(options):
     """The options as a cell's script keeps them: pretrain.py counts its iterations where they are not given."""
     if options.num_train_iterations is not None:
         return options
-    count = pretrain.count_iterations(options, training.load_problem(options))
+    count = pretrain.count_iterations(options, dataloader.load_problem(options))
     return {**vars(options), "num_train_iterations": count}
 
 
@@ -268,7 +267,7 @@ def make_predictions(args, cells):
     """Run what is not finished: {cell: why it failed}. Basic runs come first where others start from them."""
     torch.set_num_threads(args.threads)
     options = {cell: read_options(args, cell) for cell in cells}
-    fingerprint = datasets.load_ratings(options[cells[0]]).fingerprint
+    fingerprint = cache.load_ratings(options[cells[0]]).fingerprint
     folder, failed = args.output / "predictions", {}
     make_folder(folder)
     left = {
@@ -300,10 +299,10 @@ def main(argv=None):
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     paths = {cell: predictions.path_of(args.output / "predictions", cell) for cell in cells if cell not in failed}
-    rows, about = report.load({cell: path for cell, path in paths.items() if path.exists()})
+    rows, about = tables.load({cell: path for cell, path in paths.items() if path.exists()})
     make_folder(args.report)
-    plots.draw_all(args.report, cells, rows, about)
-    print(report.write(args.report, cells, rows, about))
+    figures.draw_all(args.report, cells, rows, about)
+    print(tables.write(args.report, cells, rows, about))
     tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
     print(f"tables and pictures: {args.report}\nlearning curves: {tensorboard} --logdir {args.output}")
     for cell, error in failed.items():

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-import metrics
+from ratings.cache import load_ratings
+from ratings.table import Ratings, nearest_level
 from utils import UserError, random_stream
 
 
@@ -88,7 +89,7 @@ def standardise(ratings, train, balance=0.0):
     values = ratings.values[of_train].astype(np.float64)
     mean, std = float(values.mean()), float(values.std()) or 1.0
     standard = ((ratings.values - mean) / std).astype(np.float32)
-    level = metrics.nearest_level(values, ratings.levels)  # where ratings have many values, levels stand for several
+    level = nearest_level(values, ratings.levels)  # where ratings have many values, levels stand for several
     share = np.bincount(level, minlength=len(ratings.levels)) / len(values)
     weights = np.where(share > 0, share, 1.0) ** -balance
     weights /= weights @ share
@@ -204,7 +205,7 @@ def assemble(sequences, start, n_support, windows, asked, options):
         query_items=slots[:, split:],
         query_ratings=query_ratings.astype(np.float32),
         query=query,
-        query_weight=sequences.weights[metrics.nearest_level(query_ratings, sequences.levels)].astype(np.float32),
+        query_weight=sequences.weights[nearest_level(query_ratings, sequences.levels)].astype(np.float32),
         part=np.zeros(len(start), np.int64),
         query_last=n_support - 1,
         task=np.arange(len(start)),
@@ -450,3 +451,26 @@ def task_tables(items):
     table = np.zeros((len(items), rank.max() + 1), items.dtype)
     np.put_along_axis(table, rank, ranked, axis=1)
     return table, slots[:, 1:]
+
+
+class Problem(NamedTuple):
+    """The ratings, who is trained, validated and tested on, and the training ratings' mean and deviation."""
+
+    ratings: Ratings
+    sequences: Sequences
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    mean: float
+    std: float
+
+
+def load_problem(options):
+    """Read the ratings and split their users; users without any support rating are left out."""
+    ratings = load_ratings(options)
+    train, validation, test = split_users(len(ratings.user_ids), options)
+    sequences, mean, std = standardise(ratings, train, options.balance)
+    usable = [usable_users(sequences, users) for users in (train, validation, test)]
+    if not all(len(users) for users in usable):
+        raise UserError("the split leaves no users to train, validate or test on; lower --num_test_data or the filters")
+    return Problem(ratings, sequences, *usable, mean, std)

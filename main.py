@@ -11,30 +11,35 @@
 The run is kept in <log_dir>/<mode>-<model>-<method>/; the same options with --test find it there.
 """
 
+import dataloader
+import maml
 import options
-import processes
-import runs
-import testing
-import training
-from processes import run_script
+from evaluation import evaluate
+from models import checkpoint
+from training import distributed, loop, run_folder, tensorboard
+from training.distributed import run_script
 from utils import choose_device
 
 
 def main(argv=None):
     opts = options.parse(__doc__, argv)
-    folder = runs.run_folder(opts.log_dir, opts.mode, opts.model, options.method(opts))
+    folder = checkpoint.run_folder(opts.log_dir, opts.mode, opts.model, options.method(opts))
     if opts.test:
-        return testing.test(folder, opts) if processes.is_first() else 0
+        if distributed.is_first():
+            report = evaluate.test(folder, opts)
+            tensorboard.log_test(folder, report, report["step"])
+        return 0
 
-    if processes.is_first():
-        runs.check_folder(folder, opts)
-    problem = training.load_problem(opts)
-    system = training.build_system(problem, opts)
-    goes_on = opts.resume and runs.find_checkpoints(folder)
-    if (opts.load_pretrained or opts.load_pretrained_embedding) and processes.is_first() and not goes_on:
-        testing.load_pretrained(system, problem, opts)
+    if distributed.is_first():
+        run_folder.check_folder(folder, opts)
+    with distributed.one_by_machine():  # the others map its cache into memory
+        problem = dataloader.load_problem(opts)
+    system = maml.build_system(problem, opts, first=distributed.is_first())
+    goes_on = opts.resume and checkpoint.find_checkpoints(folder)
+    if (opts.load_pretrained or opts.load_pretrained_embedding) and distributed.is_first() and not goes_on:
+        loop.load_pretrained(system, problem, opts)
     system.to(choose_device(opts.device, opts.deterministic))
-    return training.fit(system, problem, opts, folder)
+    return loop.fit(system, problem, opts, folder)
 
 
 if __name__ == "__main__":

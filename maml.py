@@ -6,15 +6,17 @@ of R rows, S positions, Q queries, K inner steps.
 
 import argparse
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
 import dataloader
-from models import loss_network
+from models import item_tables, loss_network
 from models.layers import of_blocks, of_tasks, over_task
 from models.learner import Learner
+from utils import UserError
 
 
 class InnerRates(nn.Module):
@@ -337,3 +339,35 @@ def member_options(options):
     """Each member's options: the seeds of initialisation count up from `options.model_init_seed`."""
     seeds = range(options.model_init_seed, options.model_init_seed + options.members)
     return [argparse.Namespace(**{**vars(options), "model_init_seed": seed}) for seed in seeds]
+
+
+def build_system(problem, options, fresh=True, first=True):
+    """A `Ensemble`; a fresh one's item tables start from the training users with --init_items=factors.
+
+    `first` is False in processes other than 0, whose values are overwritten by those of process 0.
+    """
+    ratings, n_items, starts, counts = problem.ratings, len(problem.ratings.item_ids), None, None
+    fittings = [(problem.sequences, problem.train, n_items, own) for own in member_options(options)]
+    fit_items = fresh and options.head == "joint" and options.init_items == "factors"
+    if fit_items and first:
+        starts = [item_tables.fit(*fitting) for fitting in fittings]
+        of_train = np.repeat(np.isin(np.arange(len(ratings.user_ids)), problem.train), np.diff(ratings.offsets))
+        counts = torch.from_numpy(np.bincount(ratings.items[of_train], minlength=n_items)).float()
+    scale = (problem.mean, problem.std, ratings.low, ratings.high)
+    system = Ensemble(n_items, options, scale, counts, starts)
+    if fit_items and options.cross_fit:
+        for number, (member, fitting) in enumerate(zip(system.members, fittings, strict=True)):
+            tables = {name: table[1:] for name, table in member.learner.tables().items()}
+            nothing = {name: table.new_zeros(options.cross_fit + 1, *table.shape) for name, table in tables.items()}
+            member.learner.shift_items(item_tables.fit_apart(*fitting, starts[number]) if starts else nothing)
+    return system
+
+
+def load_parameters(system, state, source):
+    """Load a state dictionary; UserError where it is not of this model and these sizes."""
+    try:
+        system.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{source} does not fit its own options (other names or sizes): use another checkpoint"
+        ) from error

@@ -1,7 +1,9 @@
 """Command-line options of all scripts, in one place. Nothing is parsed on import."""
 
 import argparse
+import json
 
+import utils
 from utils import UserError
 
 # The published method: items only, plain head, every parameter adapted, one rate per tensor and step, LSTM
@@ -438,3 +440,69 @@ def method(options):
     if options.use_adaptive_loss:
         return "melo"
     return "maml" if options.use_second_order else "fomaml"
+
+
+# What may differ when a run goes on: where things are (the data's fingerprint is checked instead), what is
+# shown, how often is saved, how much is computed at once, and what was asked of this one command.
+MAY_CHANGE = (
+    "cache_dir",
+    "checkpoint_interval",
+    "checkpoint_minutes",
+    "checkpoint_step",
+    "data_path",
+    "data_url",
+    "device",
+    "keep_checkpoints",
+    "log_dir",
+    "log_interval",
+    "overwrite",
+    "pretrain_log_dir",
+    "resume",
+    "skip_nonfinite",
+    "task_chunk",
+    "test",
+    "test_baseline",
+)
+
+
+MAY_GROW = ("num_train_iterations", "pretrain_epochs")
+
+
+def as_stored(options):
+    """Options as they come back from JSON: tuples are lists, paths are text."""
+    if isinstance(options, argparse.Namespace):
+        options = vars(options)
+    return json.loads(json.dumps(options, default=utils.json_value))
+
+
+def check_resume(stored_options, options, may_change=MAY_CHANGE, may_grow=MAY_GROW):
+    """UserError that lists every option that differs from the stored one and may neither change nor grow.
+
+    An option that one side does not have counts as None, not given.
+    """
+    try:
+        old, new = as_stored(stored_options), as_stored(options)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError("the options that the run began with are damaged: train again in another --log_dir") from error
+    differences = []
+    for name in sorted((old.keys() | new.keys()) - set(may_change)):
+        before, after = old.get(name), new.get(name)
+        if before == after and type(before) is type(after):
+            continue
+        if name in may_grow and is_number(before) and is_number(after) and after > before:
+            continue
+        differences.append(f"--{name} was {shown(old, name)} and is now {shown(new, name)}")
+    if differences:
+        raise UserError(
+            "a run goes on with the options it began with, but "
+            + ", ".join(differences)
+            + ": give the old values, or start a run in another --log_dir"
+        )
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def shown(options, name):
+    return f"{options[name]!r:.200}" if name in options else "not there"

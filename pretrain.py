@@ -10,28 +10,35 @@ The run is kept in <pretrain_log_dir>/<mode>-<model>-basic/.
 
 import math
 
+import dataloader
+import maml
 import options
-import processes
-import runs
-import testing
-import training
-from processes import run_script
+from evaluation import evaluate
+from models import checkpoint
+from training import distributed, loop, run_folder, tensorboard
+from training.distributed import run_script
 from utils import choose_device
 
 
 def main(argv=None):
     opts = options.parse_pretrain(__doc__, argv)
-    folder = runs.run_folder(opts.log_dir, opts.mode, opts.model, "basic")
+    folder = checkpoint.run_folder(opts.log_dir, opts.mode, opts.model, "basic")
     if opts.test:
-        return testing.test(folder, opts) if processes.is_first() else 0
+        if distributed.is_first():
+            report = evaluate.test(folder, opts)
+            tensorboard.log_test(folder, report, report["step"])
+        return 0
 
-    if processes.is_first():
-        runs.check_folder(folder, opts)
-    problem = training.load_problem(opts)
+    if distributed.is_first():
+        run_folder.check_folder(folder, opts)
+    with distributed.one_by_machine():  # the others map its cache into memory
+        problem = dataloader.load_problem(opts)
     if opts.num_train_iterations is None:
         opts.num_train_iterations = count_iterations(opts, problem)
-    system = training.build_system(problem, opts).to(choose_device(opts.device, opts.deterministic))
-    return training.fit(system, problem, opts, folder)
+    system = maml.build_system(problem, opts, first=distributed.is_first()).to(
+        choose_device(opts.device, opts.deterministic)
+    )
+    return loop.fit(system, problem, opts, folder)
 
 
 def count_iterations(opts, problem):

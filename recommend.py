@@ -25,12 +25,13 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-import card
-import inputs
 import options as option_module
-import runs
-from recommender import AdaptedUser, Explanation, Recommendation, Recommender, Support
-from utils import UserError, run_script
+import utils
+from ratings.titles import read_titles
+from serving import export, picture
+from serving.recommender import AdaptedUser, Explanation, Recommendation, Recommender, Support
+from serving.users import read_pairs, read_users
+from utils import UserError, run_script, say
 
 __all__ = ["AdaptedUser", "Explanation", "Recommendation", "Recommender", "Support"]
 
@@ -257,7 +258,7 @@ def put(output, data):
     elif Path(output).exists() and not Path(output).is_file():
         Path(output).write_bytes(data)  # a pipe or device must not be replaced by a file
     else:
-        runs.write_atomic(output, data)
+        utils.write_atomic(output, data)
 
 
 # -----------------------------------------------------------------------------
@@ -270,10 +271,10 @@ def main(argv=None):
     torch.set_num_threads(1)
     clock = time.monotonic()
     recommender = Recommender.load(options.run, options.checkpoint_step, options.device)
-    inputs.say(f"loaded {recommender.source} in {time.monotonic() - clock:.2f} s")
+    say(f"loaded {recommender.source} in {time.monotonic() - clock:.2f} s")
     if options.export:
-        card.export(recommender, options.export, options.run)
-        inputs.say(f"written: {options.export}, and its model card {Path(options.export).with_suffix('.md')}")
+        export.export(recommender, options.export, options.run)
+        say(f"written: {options.export}, and its model card {Path(options.export).with_suffix('.md')}")
     if options.ratings:
         predict(options, recommender, threads if recommender.device.type == "cpu" else 1)
     return 0
@@ -281,16 +282,16 @@ def main(argv=None):
 
 def predict(options, recommender, threads):
     """Read the users, predict on that many cores, and write what was asked for."""
-    titles = inputs.read_titles(options.titles)
-    users = inputs.read_users(options, recommender, titles)
+    titles = read_titles(options.titles)
+    users = read_users(options, recommender, titles)
     clock = time.monotonic()
     if options.pairs:
-        pairs = inputs.read_pairs(options.pairs, users, recommender, titles)
+        pairs = read_pairs(options.pairs, users, recommender, titles)
         rows = list(pair_rows(recommender, pairs, threads))
     else:
         rows = list(top_rows(recommender, users, options.top, threads))
     seconds = time.monotonic() - clock
-    inputs.say(f"predicted {counted(len(rows), 'rating')} of {counted(len(users), 'user')} in {seconds:.2f} s")
+    say(f"predicted {counted(len(rows), 'rating')} of {counted(len(users), 'user')} in {seconds:.2f} s")
     frame, weights = tabulate(recommender, titles, rows, ranked=not options.pairs), None
     if options.explain:
         frame, weights = explain(recommender, titles, rows, frame)
@@ -301,7 +302,7 @@ def predict(options, recommender, threads):
 
 def draw(options, recommender, titles, rows):
     """Write the picture of the first user, with the pairs asked for, or with items that show what adapting did."""
-    import picture  # takes a second to import
+    # takes a second to import
 
     user = rows[0][0]
     if options.pairs:

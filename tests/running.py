@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 import pretrain
-import processes
-import runs
+from models import checkpoint
+from training import distributed
 
 ROOT = Path(__file__).parents[1]
 ITERATIONS = 12
@@ -64,7 +64,7 @@ def start(place, *flags, script="main", before=lambda: None):
 
     def run_it():
         before()
-        processes.run_script(lambda: SCRIPTS[script].main(command(place, *flags)))
+        distributed.run_script(lambda: SCRIPTS[script].main(command(place, *flags)))
 
     place.parent.mkdir(parents=True, exist_ok=True)
     return fork(run_it, place.with_suffix(".out"), place.with_suffix(".err"))
@@ -102,16 +102,16 @@ def wait_until(condition):
 
 def has_saved(folder, step):
     """A condition: a checkpoint of `step` or later is there."""
-    return lambda: max(runs.find_checkpoints(folder), default=-1) >= step
+    return lambda: max(checkpoint.find_checkpoints(folder), default=-1) >= step
 
 
 def result(folder):
     """All that a run has made and must not depend on interruptions: newest and best checkpoint, and curves."""
     assert not list(folder.rglob("*.tmp"))
-    newest = runs.load_checkpoint(runs.checkpoint_path(folder, max(runs.find_checkpoints(folder))))
+    newest = checkpoint.load_checkpoint(checkpoint.checkpoint_path(folder, max(checkpoint.find_checkpoints(folder))))
     states = [newest]
     if newest["loop"]["best_rmse"] < math.inf:
-        states.append(runs.load_checkpoint(folder / "checkpoints" / "best.pt"))
+        states.append(checkpoint.load_checkpoint(folder / "checkpoints" / "best.pt"))
     parts = "step", "last", "system", "optimizer", "loop", "item_ids", "levels", "fingerprint"
     states = [{name: state[name] for name in parts} for state in states]
     for state in states:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-import baselines
-from datasets import Ratings
+from evaluation import baselines
+from ratings.table import Ratings
 from utils import random_stream
 
 

@@ -15,18 +15,15 @@ import pytest
 import running
 import torch
 
-import baselines
 import compare
+import dataloader
 import main
-import metrics
 import options as option_module
-import plots
-import predictions
 import pretrain
-import report
-import runs
-import training
-from predictions import Cell
+from evaluation import baselines, figures, metrics, predictions, tables
+from evaluation.predictions import Cell
+from models import checkpoint
+from training import loop
 from utils import UserError, run_script
 
 SAMPLE = compare.ROOT / "Data" / "sample" / "ratings.csv"
@@ -64,11 +61,11 @@ def fitted(folder, ratings, users):
     ]
     given += [f"--cache_dir={folder}", f"--log_dir={folder}", f"--pretrain_log_dir={folder}"]
     assert main.main(given) == pretrain.main(given) == 0
-    problem = training.load_problem(option_module.parse("", given))
+    problem = dataloader.load_problem(option_module.parse("", given))
     found = {"chosen": baselines.fit_baselines(problem.ratings, problem.train, problem.validation, 30)[1]}
     found["mean"], found["item effect"] = baselines.fit_effects(problem.ratings, problem.train)
     for path in sorted(folder.glob("*/checkpoints/*.pt")):
-        state = runs.load_checkpoint(path)
+        state = checkpoint.load_checkpoint(path)
         found |= {f"{path.parts[-3]} {path.name} {name}": value for name, value in state["system"].items()}
     return found, problem.ratings.fingerprint
 
@@ -81,7 +78,7 @@ def same(one, other):
 
 def test_ratings_of_test_users_reach_no_fitted_parameter(tmp_path):
     part_of_sample().to_csv(path := tmp_path / "ratings.csv", index=False)
-    problem = training.load_problem(option_module.parse("", [*SIZES, "--fold=0", f"--data_path={path}"]))
+    problem = dataloader.load_problem(option_module.parse("", [*SIZES, "--fold=0", f"--data_path={path}"]))
     before, fingerprint = fitted(tmp_path / "as it is", problem.ratings, problem.test[:0])
     after, changed = fitted(tmp_path / "test users", problem.ratings, problem.test)
     assert fingerprint != changed
@@ -133,7 +130,7 @@ def test_table_depends_on_neither_order_nor_processes_nor_interruptions(referenc
             time.sleep(0.05)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plots, "draw_all", lambda *_: None)
+    monkeypatch.setattr(figures, "draw_all", lambda *_: None)
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=Forked, DEVNULL=None))
     with monkeypatch.context() as patch:
         patch.setattr(compare, "watch", interrupt)
@@ -149,7 +146,7 @@ def test_table_depends_on_neither_order_nor_processes_nor_interruptions(referenc
 def test_finished_runs_are_not_repeated(reference, monkeypatch, capsys):
     monkeypatch.setattr(compare.subprocess, "Popen", no_training)
     monkeypatch.setattr(predictions, "score_simple", no_training)
-    monkeypatch.setattr(plots, "draw_all", lambda *_: None)
+    monkeypatch.setattr(figures, "draw_all", lambda *_: None)
     assert compare.main([f"--output={reference}", "--methods", "basic", "melo", *ASKED]) == 0
     assert "3 of 3 runs are finished" in capsys.readouterr().err
 
@@ -160,14 +157,14 @@ def test_a_run_of_fewer_iterations_begins_anew(cell, script, tmp_path, monkeypat
     ways = []
 
     def fit(system, problem, options, folder):
-        runs.save_checkpoint(folder, 1, {"options": runs.as_stored(options)})
+        checkpoint.save_checkpoint(folder, 1, {"options": option_module.as_stored(options)})
 
     def start(words, **_):
         ways.append(words[-1])
         script.main(words[2:])
         return SimpleNamespace(wait=lambda: 0)
 
-    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(loop, "fit", fit)
     monkeypatch.setattr(predictions, "score_run", lambda *_: None)
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=start, DEVNULL=None))
     longer = ["--num_train_iterations=900000"]
@@ -201,8 +198,8 @@ def test_rows_are_the_figures_of_main_test(reference):
         found = json.loads((place / f"sample-bert4rec-{method}" / "test.json").read_text())
         for name in ("rmse", "rmse_se", "mae", "mae_se", "macro_rmse", "macro_rmse_se"):
             assert table.loc[method, name] == pytest.approx(found[name], rel=1e-9)
-            for simple, figures in found.get("simple_predictors", {}).items():
-                assert table.loc[simple, name] == pytest.approx(figures[name], rel=1e-9)
+            for simple, its in found.get("simple_predictors", {}).items():
+                assert table.loc[simple, name] == pytest.approx(its[name], rel=1e-9)
 
 
 def test_predictions_hold_every_support_size_and_the_run(reference):
@@ -224,7 +221,7 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(reference, tmp_path, monk
     predictions.path_of(tmp_path / "predictions", BASIC).unlink()
     (tmp_path / "pretrain.py").write_text("import sys; print('warning', file=sys.stderr); sys.exit('error: no luck')")
     monkeypatch.setattr(compare, "ROOT", tmp_path)
-    monkeypatch.setattr(plots, "draw_all", lambda *_: None)
+    monkeypatch.setattr(figures, "draw_all", lambda *_: None)
     assert compare.main([f"--output={tmp_path}", "--methods", "basic", "melo", *ASKED]) == 1
     shown = capsys.readouterr()
     assert shown.err.endswith("failed: bert4rec basic fold 0 seed 222: no luck\n")
@@ -361,17 +358,17 @@ def test_errors_are_averaged_over_seeds_and_pairs_share_fold_seed_and_user(tmp_p
             write_cell(tmp_path, "maml", 1, 1, [13], [1.5]),
         ]
     )
-    rows, about = report.load(files)
+    rows, about = tables.load(files)
     maml, melo = ("narm", "maml", False), ("narm", "melo", False)
     squared = np.array([(1 + 4) / 2, 0.25, 0.125, 2.25])
     expected = metrics.summary(squared, np.array([1.5, 0.5, 0.25, 1.5]), np.ones(4))
-    assert report.summary(rows, maml) == pytest.approx(expected)
+    assert tables.summary(rows, maml) == pytest.approx(expected)
     first, second = np.array([0.25, 0.0, 1.0]), np.array([1.0, 0.25, 0.0])
-    assert report.compare(rows, melo, maml)[0] == pytest.approx(metrics.compare(first, second))
-    assert max(map(len, report.write(tmp_path, list(files), rows, about).split("\n"))) <= 80
+    assert tables.compare(rows, melo, maml)[0] == pytest.approx(metrics.compare(first, second))
+    assert max(map(len, tables.write(tmp_path, list(files), rows, about).split("\n"))) <= 80
     text = (tmp_path / "table.md").read_text()
     assert "4 targets" in text and "fold 0, 1 of 6" in text and "seed 1, 2" in text and "Commit abc" in text
-    assert list(plots.panels(rows, report.groups_of(files, rows))) == ["NARM"]
+    assert list(figures.panels(rows, tables.groups_of(files, rows))) == ["NARM"]
 
 
 def test_commit_says_whether_the_code_differs_and_not_the_results(tmp_path, monkeypatch):
@@ -397,4 +394,4 @@ def test_predictions_of_different_data_do_not_mix(tmp_path):
     frame.attrs["fingerprint"] = "y"
     frame.to_parquet(path)
     with pytest.raises(UserError, match="different data"):
-        report.load(files)
+        tables.load(files)

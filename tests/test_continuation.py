@@ -19,11 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import ITERATIONS, NAMES, ROOT, command, curves, has_saved, result, run, same, start, wait, wait_until
 
+import dataloader
 import main
+import maml
 import options as option_module
 import pretrain
-import runs
-import training
+from models import checkpoint
+from training import loop, run_folder
 from utils import UserError
 
 KILLS = int(os.environ.get("MELO_RUN_KILLS", 4))
@@ -131,7 +133,7 @@ def copy_until(every, log, step):
     """Copy a run's folder to `log` as if it had no checkpoint after `step`."""
     folder = log / every.name
     shutil.copytree(every, folder)
-    for number, path in runs.find_checkpoints(folder).items():
+    for number, path in checkpoint.find_checkpoints(folder).items():
         if number > step:
             path.unlink()
     (folder / "checkpoints" / "best.pt").unlink()
@@ -158,7 +160,7 @@ def test_a_finished_run_stays_as_it_is(every, place):
     for _ in range(2):
         assert run(log, "--resume") == (0, "")
     assert same(result(log / every.name), result(every))
-    assert len(runs.read_config(log / every.name)["continued"]) == 2
+    assert len(run_folder.read_config(log / every.name)["continued"]) == 2
 
 
 def test_a_finished_run_goes_on_to_more_iterations(every, place):
@@ -177,7 +179,7 @@ def test_a_finished_run_goes_on_to_more_iterations(every, place):
     assert all(points[: len(before[tag])] == before[tag] for tag, points in after.items())
     assert [step for step, _ in after["validation/rmse"]] == [0, 5, 10, 12, 15, 18]
     opts = option_module.parse("", command(log, *longer))
-    expected = opts.outer_lr * training.anneal(opts, ITERATIONS + 5)
+    expected = opts.outer_lr * loop.anneal(opts, ITERATIONS + 5)
     assert after["charts/learning_rate"][-1][1] == pytest.approx(expected, rel=1e-6)
     status, errors = run(log, "--resume")
     assert status == 2 and f"--num_train_iterations was {ITERATIONS + 6} and is now {ITERATIONS}" in errors
@@ -217,13 +219,13 @@ def resume(every, place):
     """A function that goes on from the one checkpoint that it is given the state of."""
     log = place / "crafted"
     opts = option_module.parse("", command(log, "--resume"))
-    problem = training.load_problem(opts)
-    system = training.build_system(problem, opts)
+    problem = dataloader.load_problem(opts)
+    system = maml.build_system(problem, opts)
     folder = copy_until(every, log, 0)
 
     def go_on(state):
-        runs.save_checkpoint(folder, ITERATIONS, {**state, "step": ITERATIONS}, keep=1)
-        training.start(training.new_run(system, problem, opts, folder))
+        checkpoint.save_checkpoint(folder, ITERATIONS, {**state, "step": ITERATIONS}, keep=1)
+        loop.start(loop.new_run(system, problem, opts, folder))
 
     return go_on
 
@@ -235,7 +237,7 @@ odd |= st.sampled_from([(), (3,), (2, 2)]).map(torch.zeros) | st.just({"step": 1
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_crafted_state_gives_one_sentence(every, resume, data):
-    state = runs.load_checkpoint(every / "checkpoints" / "best.pt")
+    state = checkpoint.load_checkpoint(every / "checkpoints" / "best.pt")
     holder = state
     while True:
         key = data.draw(st.sampled_from(sorted(holder, key=str)))
@@ -266,7 +268,7 @@ def test_a_crafted_state_gives_one_sentence(every, resume, data):
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(every, resume, part, value, message):
-    state = runs.load_checkpoint(every / "checkpoints" / "best.pt")
+    state = checkpoint.load_checkpoint(every / "checkpoints" / "best.pt")
     holder = state
     for key in part[:-1]:
         holder = holder[key]

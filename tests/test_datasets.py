@@ -24,9 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import datasets
-import layouts
-import readers
 from options import add_data_options
+from ratings import cache, formats, readers, table
 from utils import UserError, run_script
 
 FUZZ_EXAMPLES = int(os.environ.get("MELO_FUZZ_EXAMPLES", 200))
@@ -187,11 +186,11 @@ def test_both_parsers_agree_on_clean_rows(rows, sep):
     if sep:
         rows = [row for row in rows if sep not in "".join(row)]
         block = "".join(sep.join(row) + "\n" for row in rows).encode()
-        layout = layouts.Layout("csv", (0, 1, 2, 3), sep, 4)
+        layout = formats.Layout("csv", (0, 1, 2, 3), sep, 4)
     else:
         records = [{"u": u, "i": i, "r": float(r), "t": int(t)} for u, i, r, t in rows]
         block = "\n".join(map(json.dumps, records)).encode()
-        layout = layouts.Layout("csv", ("u", "i", "r", "t"))
+        layout = formats.Layout("csv", ("u", "i", "r", "t"))
     clean, careful = readers.parse_clean(block, layout, None), readers.parse_careful(block, 1, layout, None)
     assert not careful.problems.any()
     if rows:
@@ -219,7 +218,7 @@ odd_rows = st.tuples(*(st.sampled_from(odd + more) for more in ([], [], ['"5"', 
 @settings(max_examples=200, deadline=None)
 def test_what_the_fast_parser_takes_the_careful_one_reads_alike(rows, end):
     block = (end.join(rows) + end).encode()
-    layout = layouts.Layout("csv", (0, 1, 2, 3), ",", 4)
+    layout = formats.Layout("csv", (0, 1, 2, 3), ",", 4)
     clean, careful = readers.parse_clean(block, layout, None), readers.parse_careful(block, 1, layout, None)
     if clean:
         assert not careful.problems.any()
@@ -394,7 +393,7 @@ contents = st.one_of(
 
 @given(
     contents,
-    st.sampled_from([None, *layouts.MODE_LAYOUT]),
+    st.sampled_from([None, *formats.MODE_LAYOUT]),
     st.booleans(),
     st.sampled_from([None, "user:0,item:1,rating:2"]),
 )
@@ -447,9 +446,9 @@ def test_ratings_are_those_of_the_definition(tmp_path, rows, min_item, min_seque
     expected = plain_ratings(rows, min_item, min_sequence)
     if not expected:
         with pytest.raises(UserError, match="the filters leave nothing: the file has .* lower --min_"):
-            datasets.load_ratings(options)
+            cache.load_ratings(options)
         return
-    ratings = datasets.load_ratings(options)
+    ratings = cache.load_ratings(options)
     found = {}
     for number, user in enumerate(ratings.user_ids.tolist()):
         part = slice(ratings.offsets[number], ratings.offsets[number + 1])
@@ -472,30 +471,30 @@ def test_ratings_are_those_of_the_definition(tmp_path, rows, min_item, min_seque
     ],
 )
 def test_the_scale_is_that_of_the_data(values, low, high, n_levels):
-    found_low, found_high, levels = datasets.rating_scale(np.array(values, np.float32))
+    found_low, found_high, levels = table.rating_scale(np.array(values, np.float32))
     assert (found_low, found_high, len(levels)) == (low, high, n_levels)
     assert (np.diff(levels) > 0).all() and low <= levels[0] and levels[-1] <= high
-    assert datasets.rating_scale(np.array(values, np.float32), (-20.0, 20.0))[:2] == (-20, 20)
+    assert table.rating_scale(np.array(values, np.float32), (-20.0, 20.0))[:2] == (-20, 20)
 
 
 def test_one_rating_alone_needs_a_scale():
     with pytest.raises(UserError, match="every rating is 4; give the scale"):
-        datasets.rating_scale(np.full(3, 4, np.float32))
+        table.rating_scale(np.full(3, 4, np.float32))
     for text in ("5", "5:1", "a:b", "1:nan", "1:inf", "1:1"):
         with pytest.raises(UserError, match="is not LOW:HIGH"):
-            datasets.parse_scale(text)
+            table.parse_scale(text)
 
 
 def test_times_that_are_far_apart_are_sorted_too():
     times = np.array([8e18, -8e18, 0, 8e18], np.int64)
     users = np.array([1, 1, 0, 1], np.int32)
     columns = readers.Columns(users, np.arange(4, dtype=np.int32), times, times, np.arange(2), np.arange(4))
-    assert datasets.sort_rows(columns).items.tolist() == [2, 1, 0, 3]
+    assert table.sort_rows(columns).items.tolist() == [2, 1, 0, 3]
 
 
 def test_the_fingerprint_tells_data_apart(tmp_path):
     def fingerprint(text, **values):
-        return datasets.load_ratings(data_options(data_path=save(tmp_path, text), **values)).fingerprint
+        return cache.load_ratings(data_options(data_path=save(tmp_path, text), **values)).fingerprint
 
     text = "user,item,rating,time\n1,1,3,1\n1,2,4,2\n2,1,5,3\n"
     same = "user,item,rating,time\n2,1,5,3\n1,1,3,1\n1,2,4,2\n"
@@ -514,10 +513,10 @@ def test_the_fingerprint_tells_data_apart(tmp_path):
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
     """Options of a data file that is cached, and the list of files that were parsed."""
-    monkeypatch.setattr(datasets, "CACHE_FROM", 0)
+    monkeypatch.setattr(cache, "CACHE_FROM", 0)
     parsed = []
-    read = datasets.read_columns
-    monkeypatch.setattr(datasets, "read_columns", lambda *given: parsed.append(given) or read(*given))
+    read = table.read_columns
+    monkeypatch.setattr(table, "read_columns", lambda *given: parsed.append(given) or read(*given))
     path = save(tmp_path, lines("{u},{i},{r},{t}", NAMES + NAMES, header="user,item,rating,time"))
     return data_options(data_path=str(path)), parsed
 
@@ -530,8 +529,8 @@ def assert_same(first, second):
 
 def test_the_cache_gives_what_was_parsed_and_says_it_again(cached, capsys):
     options, parsed = cached
-    first, said = datasets.load_ratings(options), capsys.readouterr().err
-    second, again = datasets.load_ratings(options), capsys.readouterr().err
+    first, said = cache.load_ratings(options), capsys.readouterr().err
+    second, again = cache.load_ratings(options), capsys.readouterr().err
     assert len(parsed) == 1 and said == again and "dropped 3 ratings" in said
     assert_same(first, second)
     for ratings in (first, second):
@@ -541,39 +540,39 @@ def test_the_cache_gives_what_was_parsed_and_says_it_again(cached, capsys):
 
 def test_other_content_or_options_are_parsed_anew(cached, tmp_path):
     options, parsed = cached
-    first = datasets.load_ratings(options)
+    first = cache.load_ratings(options)
     options.min_sequence = 2
-    assert datasets.load_ratings(options).user_ids.tolist() == ["AWUSERID00001"]
+    assert cache.load_ratings(options).user_ids.tolist() == ["AWUSERID00001"]
     options.min_sequence = 1
     path = Path(options.data_path)
     before = path.stat()
     path.write_text(path.read_text().replace(",4.0,", ",3.0,"))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert datasets.load_ratings(options).fingerprint != first.fingerprint
+    assert cache.load_ratings(options).fingerprint != first.fingerprint
     assert len(parsed) == 3
     assert len(list(tmp_path.glob("*.cache"))) == 2 and len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_damaged_cache_is_not_trusted(cached, tmp_path):
     options, parsed = cached
-    first = datasets.load_ratings(options)
-    (cache,) = tmp_path.glob("*.cache")
-    whole = cache.read_bytes()
+    first = cache.load_ratings(options)
+    (file,) = tmp_path.glob("*.cache")
+    whole = file.read_bytes()
     for place in range(0, len(whole), len(whole) // 20):
         for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]):
-            cache.write_bytes(damaged)
+            file.write_bytes(damaged)
             count = len(parsed)
-            assert_same(datasets.load_ratings(options), first)
-            assert len(parsed) == count + 1 and cache.read_bytes() == whole
+            assert_same(cache.load_ratings(options), first)
+            assert len(parsed) == count + 1 and file.read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(cached, tmp_path, capsys):
     options, parsed = cached
     options.cache_dir = str(save(tmp_path, "", "file"))
-    assert_same(datasets.load_ratings(options), datasets.load_ratings(options))
+    assert_same(cache.load_ratings(options), cache.load_ratings(options))
     assert len(parsed) == 2 and "--cache_dir gives another place" in capsys.readouterr().err
     options.cache_dir = str(tmp_path / "new" / "folder")
-    assert_same(datasets.load_ratings(options), datasets.load_ratings(options))
+    assert_same(cache.load_ratings(options), cache.load_ratings(options))
     assert len(parsed) == 3 and len(list(Path(options.cache_dir).iterdir())) == 1
 
 

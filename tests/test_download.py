@@ -10,9 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-import datasets
-import download
 from options import add_data_options
+from ratings import cache, download
 from utils import UserError
 
 RATINGS = "1::10::5::3\n1::20::4::2\n2::10::3::1\n"
@@ -209,15 +208,15 @@ def test_what_lies_beside_the_ratings_is_kept(tmp_path, server):
 def test_a_missing_edition_is_downloaded_to_its_place(tmp_path, server, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     options = data_options(data_path=path, data_url=server.url)
-    ratings = datasets.load_ratings(options)
+    ratings = cache.load_ratings(options)
     assert files(tmp_path) == ["Data/ml-1m/README", "Data/ml-1m/ratings.dat"]
     assert ratings.values.tolist() == [4, 5, 3]
-    datasets.load_ratings(options)
+    cache.load_ratings(options)
     assert len(server.asked) == 1
 
 
 def test_a_missing_file_of_ones_own_is_not_downloaded(tmp_path, server, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="there is no file mine.dat; leave out --data_path to download"):
-        datasets.load_ratings(data_options(data_path="mine.dat", data_url=server.url))
+        cache.load_ratings(data_options(data_path="mine.dat", data_url=server.url))
     assert not server.asked and not files(tmp_path)

@@ -3,8 +3,8 @@
 import numpy as np
 from scipy import sparse
 
-import factor_analysis
 from dataloader import Sequences
+from models import factor_analysis
 
 
 def simulate(n_users=1500, n_items=20, k=2, per_user=12, seed=0):

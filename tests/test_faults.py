@@ -11,11 +11,12 @@ import pytest
 import torch
 from running import ITERATIONS, NAMES, command, has_saved, read_events, result, run, same, start, wait, wait_until
 
+import dataloader
 import main
 import options as option_module
-import runs
-import tracking
-import training
+import utils
+from models import checkpoint
+from training import loop, progress
 from utils import UserError
 
 
@@ -33,7 +34,7 @@ def log(whole, tmp_path):
     return tmp_path / "log"
 
 
-def do_before(function, number, action, owner=training):
+def do_before(function, number, action, owner=loop):
     """From now on, `action` is done before the n-th call of a function of `owner`."""
     original, left = getattr(owner, function), [number]
 
@@ -67,7 +68,7 @@ def test_a_signal_stops_after_the_iteration(whole, log, function, number, status
 
 def test_ctrl_c_before_training_is_one_line(log):
     interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
-    assert run(log, before=lambda: do_before("load_problem", 1, interrupt)) == (130, "interrupted\n")
+    assert run(log, before=lambda: do_before("load_problem", 1, interrupt, dataloader)) == (130, "interrupted\n")
     assert not log.exists()
 
 
@@ -98,7 +99,7 @@ def test_a_second_run_is_refused_and_the_first_unharmed(whole, log):
 
 def test_a_finished_run_is_not_overwritten_by_accident(whole, monkeypatch):
     before = result(whole)
-    monkeypatch.setattr(training, "load_problem", None)  # which is not waited for
+    monkeypatch.setattr(dataloader, "load_problem", None)  # which is not waited for
     with pytest.raises(UserError, match="holds a run already: go on with --resume"):
         main.main(command(whole.parent))
     assert same(result(whole), before)
@@ -106,7 +107,10 @@ def test_a_finished_run_is_not_overwritten_by_accident(whole, monkeypatch):
 
 @pytest.mark.parametrize(
     ("function", "owner", "size", "file"),
-    [("save_checkpoint", runs, 50_000, "checkpoints/step-"), ("flush", tracking.EventLog, 1000, "events.out.tfevents")],
+    [
+        ("save_checkpoint", checkpoint, 50_000, "checkpoints/step-"),
+        ("flush", progress.EventLog, 1000, "events.out.tfevents"),
+    ],
 )
 def test_file_size_limit(whole, log, function, owner, size, file):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
@@ -140,19 +144,19 @@ def test_other_options_are_refused_by_name(whole):
 def test_divergence_names_iteration_figure_and_option(log, flag, script, words):
     code, errors = run(log, flag, script=script)
     assert code == 3 and all(word in errors for word in words), errors
-    state = runs.load_newest(log / NAMES[script])
+    state = checkpoint.load_newest(log / NAMES[script])
     assert all(value.isfinite().all() for value in state["last"].values())
 
 
 def test_parameters_that_are_not_finite_are_not_saved(log):
     code, errors = run(log, "--outer_lr=1e30", "--weight_decay=1e10", "--warmup=1", "--checkpoint_interval=1")
     assert code == 3 and "iteration 1: the last step made parameters that are not finite" in errors
-    assert runs.load_newest(log / NAMES["main"])["step"] == 0
+    assert checkpoint.load_newest(log / NAMES["main"])["step"] == 0
 
 
 def poison(iterations):
     """From now on, the tasks of these iterations have a rating that is not a number."""
-    draw = training.draw_batch
+    draw = loop.draw_batch
 
     def poisoned(sequences, users, options, iteration):
         batch = draw(sequences, users, options, iteration)
@@ -160,13 +164,13 @@ def poison(iterations):
             batch.groups[0].query_ratings[0, 0] = np.nan
         return batch
 
-    training.draw_batch = poisoned
+    loop.draw_batch = poisoned
 
 
 def test_a_bad_iteration_ends_the_run_with_the_state_before_it(whole, log):
     code, errors = run(log, before=lambda: poison([7]))
     assert code == 3 and "error: iteration 7: the query loss is nan" in errors and "--skip_nonfinite" in errors
-    assert runs.load_newest(log / whole.name)["step"] == 7
+    assert checkpoint.load_newest(log / whole.name)["step"] == 7
     assert_goes_on(whole, log)
 
 
@@ -175,7 +179,7 @@ def test_skipped_iterations_leave_everything_as_it_was(log):
     code, errors = run(log, *flags, before=lambda: poison([0, 7]))
     assert code == 0 and errors == "left out 2 iterations that were not finite\n"
     made = result(folder := log / NAMES["main"])
-    states = {step: runs.load_checkpoint(path) for step, path in runs.find_checkpoints(folder).items()}
+    states = {step: checkpoint.load_checkpoint(path) for step, path in checkpoint.find_checkpoints(folder).items()}
     for part in ("system", "last", "optimizer"):
         assert same(states[7][part], states[8][part]) and not same(states[8][part], states[9][part])
     assert same(states[1]["system"], states[1]["last"])  # nothing was averaged yet
@@ -189,7 +193,7 @@ def test_skipped_iterations_leave_everything_as_it_was(log):
 
 
 def die_after_save(number):
-    do_before("save_checkpoint", number + 1, lambda: os.kill(os.getpid(), signal.SIGKILL), runs)
+    do_before("save_checkpoint", number + 1, lambda: os.kill(os.getpid(), signal.SIGKILL), checkpoint)
 
 
 # -----------------------------------------------------------------------------
@@ -218,12 +222,12 @@ def test_out_of_memory_names_what_to_lower(log, flags, remedy):
 
 def test_out_of_memory_on_a_gpu_and_other_errors():
     options = option_module.parse("", ["--task_chunk=1", "--num_samples=9"])
-    with pytest.raises(UserError, match="lower --num_samples, which is 9"), training.naming_what_to_lower(options):
+    with pytest.raises(UserError, match="lower --num_samples, which is 9"), utils.naming_what_to_lower(options):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
     options.task_chunk = 0
-    with pytest.raises(UserError, match="give --task_chunk=8"), training.naming_what_to_lower(options):
+    with pytest.raises(UserError, match="give --task_chunk=8"), utils.naming_what_to_lower(options):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-    with pytest.raises(RuntimeError, match="shapes"), training.naming_what_to_lower(options):
+    with pytest.raises(RuntimeError, match="shapes"), utils.naming_what_to_lower(options):
         raise RuntimeError("shapes do not fit")
 
 
@@ -233,7 +237,7 @@ def test_out_of_memory_on_a_gpu_and_other_errors():
 
 def test_a_later_file_replaces_the_points_it_says(tmp_path):
     for number, (purge_step, steps) in enumerate([(None, range(5)), (3, range(3, 7)), (5, range(5, 8))]):
-        log = tracking.EventLog(tmp_path, purge_step)  # all within one second
+        log = progress.EventLog(tmp_path, purge_step)  # all within one second
         for step in steps:
             log.add_scalar("x", 10 * number + step, step)
         log.flush()
@@ -242,12 +246,12 @@ def test_a_later_file_replaces_the_points_it_says(tmp_path):
 
 
 def test_a_file_that_breaks_off_is_read_up_to_there(tmp_path):
-    log = tracking.EventLog(tmp_path)
+    log = progress.EventLog(tmp_path)
     for step in range(3):
         log.add_scalar("x", step, step)
     log.flush()
     os.truncate(log.path, log.path.stat().st_size - 5)
-    log = tracking.EventLog(tmp_path, purge_step=2)
+    log = progress.EventLog(tmp_path, purge_step=2)
     log.add_scalar("x", 7, 2)
     log.flush()
     assert [event.value for event in read_events(tmp_path).Scalars("x")] == [0, 1, 7]

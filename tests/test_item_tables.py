@@ -8,11 +8,11 @@ from scipy.sparse.linalg import ArpackError
 from test_factor_analysis import simulate
 
 import dataloader
-import item_tables
 import maml
-import training
 from dataloader import Sequences
+from models import item_tables
 from models.learner import Learner
+from training import loop
 from utils import UserError
 
 
@@ -121,7 +121,7 @@ def test_the_mean_of_the_weights_shares_the_shifts():
     system = maml.Ensemble(40, options, tiny.SCALE)
     learner = system.members[0].learner
     learner.shift_items({name: torch.ones(3, 40, table.shape[1]) for name, table in learner.tables().items()})
-    run = training.new_run(system, None, options, None)
+    run = loop.new_run(system, None, options, None)
     for name in learner.table_names():
         mine, its = (getattr(one, f"{name}_shift") for one in (learner, run.average.members[0].learner))
         assert mine.data_ptr() == its.data_ptr() and (mine[:, 1:] == 1).all()

@@ -10,9 +10,8 @@ from torch.func import functional_call
 
 import dataloader
 import maml
-import optimizer
-import training
 from models import loss_network
+from training import loop, optimizer
 
 LOSSES = {
     "none": {"use_adaptive_loss": False},
@@ -200,8 +199,8 @@ def test_task_chunk_gives_equal_gradients(chunk):
     for size in (0, chunk):
         _, _, options = make("narm", "lstm", "all", task_chunk=size)
         system, batch = tiny.ensemble(options), tiny.training_batch(options, stream=7, lengths=(9, 3, 12))
-        optimizer = torch.optim.SGD(training.parameter_groups(system, options), lr=1.0)
-        figures = training.train_step(system, optimizer, batch, options, 3)
+        optimizer = torch.optim.SGD(loop.parameter_groups(system, options), lr=1.0)
+        figures = loop.train_step(system, optimizer, batch, options, 3)
         found.append((figures, system.state_dict()))
     torch.testing.assert_close(found[0], found[1])
 
@@ -212,9 +211,9 @@ def test_members_are_trained_as_if_each_were_alone(sparse):
         given = {"init_items": "random", "sparse_items": sparse, "clip_norm": 0.1}
         options = tiny.options(model_init_seed=seed, members=members, **given)
         system = maml.Ensemble(40, options, tiny.SCALE).double()
-        chosen = optimizer.RowAdamW(training.parameter_groups(system, options))
+        chosen = optimizer.RowAdamW(loop.parameter_groups(system, options))
         for _ in range(3):
-            training.train_step(system, chosen, tiny.training_batch(options), options, 0)
+            loop.train_step(system, chosen, tiny.training_batch(options), options, 0)
         return system, tiny.training_tasks(options)
 
     together, tasks = trained(5, 2)
@@ -231,11 +230,11 @@ def test_members_are_trained_as_if_each_were_alone(sparse):
 def test_a_gradient_of_any_member_that_is_not_finite_moves_nothing(bad):
     options = tiny.options(members=2, init_items="random")
     system = maml.Ensemble(40, options, tiny.SCALE).double()
-    chosen = optimizer.RowAdamW(training.parameter_groups(system, options))
+    chosen = optimizer.RowAdamW(loop.parameter_groups(system, options))
     before = {name: value.clone() for name, value in system.state_dict().items()}
     system.members[bad].learner.item_embedding.register_hook(lambda gradient: gradient * torch.nan)
     with pytest.raises(FloatingPointError, match="meta-gradient nan"):
-        training.train_step(system, chosen, tiny.training_batch(options), options, 0)
+        loop.train_step(system, chosen, tiny.training_batch(options), options, 0)
     torch.testing.assert_close(system.state_dict(), before, rtol=0, atol=0)
 
 

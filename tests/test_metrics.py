@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import card
-import metrics
-import runs
-import testing
+import utils
+from evaluation import evaluate, metrics
+from ratings import table
+from serving import export
 from utils import UserError
 
 LEVELS = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -67,7 +67,7 @@ def test_standard_errors_are_the_spread_over_repeated_samples(figure):
 def test_intervals_of_paired_differences_cover_the_truth(name):
     def compared(seed, n):
         target, first, second = squared_errors(seed, n)
-        levels = (metrics.nearest_level(target, LEVELS),) if name == "compare_macro" else ()
+        levels = (table.nearest_level(target, LEVELS),) if name == "compare_macro" else ()
         return getattr(metrics, name)(first, second, *levels)
 
     truth = compared(1, 2_000_000).difference
@@ -95,7 +95,7 @@ def test_compare_equals_a_plain_loop_and_is_antisymmetric():
 
 def test_comparison_of_a_method_with_itself_is_zero():
     target, first, _ = squared_errors(0)
-    level = metrics.nearest_level(target, LEVELS)
+    level = table.nearest_level(target, LEVELS)
     for result in (metrics.compare(first, first), metrics.compare_macro(first, first, level)):
         assert tuple(result) == (0, 0, 0, 0, 0)
     assert metrics.compare(first + 1.0, first).z > 1e6
@@ -111,7 +111,7 @@ def test_macro_rmse_equals_a_plain_loop_over_levels():
         variances.append(np.var(first[rows], ddof=1) / len(rows) / (4 * a * a))
         gaps.append(a - b)
         gap_variances.append(np.var(first[rows] / (2 * a) - second[rows] / (2 * b), ddof=1) / len(rows))
-    level = metrics.nearest_level(target, LEVELS)
+    level = table.nearest_level(target, LEVELS)
     assert metrics.macro_rmse(first, level) == pytest.approx((np.mean(roots), math.sqrt(sum(variances)) / 5))
     result = metrics.compare_macro(first, second, level)
     assert result[:2] == pytest.approx((np.mean(gaps), math.sqrt(sum(gap_variances)) / 5))
@@ -132,24 +132,24 @@ def test_figures_that_few_targets_do_not_have_are_null(target, tmp_path, capsys)
     """The macro-RMSE has no standard error where a level has one target, the RMSE none where there is one in all."""
     target = np.array(target)
     ratings = SimpleNamespace(low=1.0, high=5.0, levels=LEVELS)
-    report = testing.figures(SimpleNamespace(target=target), target - 1, ratings)
+    report = evaluate.figures(SimpleNamespace(target=target), target - 1, ratings)
     assert report["macro_rmse_se"] is None and (report["rmse_se"] is None) == (len(target) == 1)
-    runs.write_json(tmp_path / "test.json", report | {"step": 1})
+    utils.write_json(tmp_path / "test.json", report | {"step": 1})
     assert json.loads((tmp_path / "test.json").read_text()) == report | {"step": 1}
-    testing.print_figures(report)
-    testing.print_table({"ours": report})
+    evaluate.print_figures(report)
+    evaluate.print_table({"ours": report})
     shown = capsys.readouterr().out
     assert "standard error --" in shown and f"{report['mae']:.4f}" in shown and "nan" not in shown
-    assert "| -- |" in card.figures(tmp_path, 1)
+    assert "| -- |" in export.figures(tmp_path, 1)
     with pytest.raises(ValueError, match="JSON"):
-        runs.write_json(tmp_path / "test.json", {"rmse": math.nan})
+        utils.write_json(tmp_path / "test.json", {"rmse": math.nan})
 
 
 def test_nearest_level_bins_a_fine_scale():
     centres = np.arange(5.0, 100, 10)  # ten bins of [0, 100]
     values = np.random.default_rng(0).uniform(0, 100, (7, 30))
-    assert np.array_equal(metrics.nearest_level(values, centres), (values // 10).astype(int))
-    assert metrics.nearest_level([0.5, 3.5], np.arange(0.5, 5.5, 0.5)).tolist() == [0, 6]
+    assert np.array_equal(table.nearest_level(values, centres), (values // 10).astype(int))
+    assert table.nearest_level([0.5, 3.5], np.arange(0.5, 5.5, 0.5)).tolist() == [0, 6]
 
 
 def test_balance_of_histograms():

@@ -6,8 +6,7 @@ import pytest
 import tiny
 import torch
 
-import optimizer
-import training
+from training import loop, optimizer
 
 
 def steps(kind, rows_of, sparse, shape=(6, 3), count=5, **given):
@@ -85,23 +84,23 @@ def test_clipping_equals_torchs(limit):
 def test_means_are_those_of_a_step_at_a_time(sparse, keep):
     """Of rows, too, that most steps do not use, whenever they are asked for or loaded into another optimizer."""
     options = tiny.options(model="gru4rec", init_items="random", average=keep, sparse_items=sparse, warmup=1)
-    run = training.new_run(tiny.ensemble(options), None, options, None)
+    run = loop.new_run(tiny.ensemble(options), None, options, None)
     expected = {}
     for step in range(9):
-        training.train_step(run.system, run.optimizer, tiny.training_batch(options, step), options, step)
+        loop.train_step(run.system, run.optimizer, tiny.training_batch(options, step), options, step)
         for name, value in run.system.state_dict().items():
             expected[name] = torch.lerp(expected[name], value, 1 - keep) if step else value.clone()
         if step == 4:
             run.optimizer.catch_up()
         if step > 5:
-            torch.testing.assert_close(training.average_state(run), expected, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(loop.average_state(run), expected, rtol=1e-5, atol=1e-7)
     assert sparse == any(not mean.equal(run.optimizer.mean_of(p)) for p, mean in run.optimizer.means.items())
-    other = training.new_run(tiny.ensemble(options), None, options, None)
+    other = loop.new_run(tiny.ensemble(options), None, options, None)
     other.system.load_state_dict(run.system.state_dict())
-    other.average.load_state_dict(training.average_state(run))
+    other.average.load_state_dict(loop.average_state(run))
     other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
     for each in (run, other):
-        training.train_step(each.system, each.optimizer, tiny.training_batch(options, 10), options, 10)
+        loop.train_step(each.system, each.optimizer, tiny.training_batch(options, 10), options, 10)
         each.optimizer.catch_up()
     for name, value in run.average.state_dict().items():
         assert torch.equal(value, other.average.state_dict()[name])
@@ -113,7 +112,7 @@ def test_sparse_tables_take_the_same_first_step(chunk):
     for sparse in (True, False):
         options = tiny.options(model="gru4rec", adapt="all", init_items="random", sparse_items=sparse, task_chunk=chunk)
         system, batch = tiny.ensemble(options), tiny.training_batch(options)
-        chosen = optimizer.RowAdamW(training.parameter_groups(system, options))
-        figures = training.train_step(system, chosen, batch, options, 0)
+        chosen = optimizer.RowAdamW(loop.parameter_groups(system, options))
+        figures = loop.train_step(system, chosen, batch, options, 0)
         found.append((figures, system.state_dict()))
     torch.testing.assert_close(*found)

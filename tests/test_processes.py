@@ -17,12 +17,12 @@ from running import NAMES, ROOT, command, has_saved, result, same, start, wait, 
 from test_faults import do_before, poison
 from torch.distributed import run as torchrun
 
+import dataloader
 import main
-import processes
-import runs
-import training
 import utils
-from optimizer import RowAdamW
+from models import checkpoint
+from training import distributed, loop
+from training.optimizer import RowAdamW
 
 # A learner and a loss all of whose parameters have an effect. Others have a few biases that a softmax cancels: these
 # move by rounding errors, which Adam enlarges, and which depend on the number of processes.
@@ -137,8 +137,8 @@ def test_processes_are_dealt_each_task_once_and_as_many_ratings(monkeypatch, cou
     sequences, users, found, ratings = tiny.sequences(), np.arange(6), [], []
     every = tiny.sample_tasks(sequences, users, options, 4)
     for rank in range(count):
-        monkeypatch.setattr(processes, "place", processes.Place(rank, count))
-        batch = training.draw_batch(sequences, users, options, 4)
+        monkeypatch.setattr(distributed, "place", distributed.Place(rank, count))
+        batch = loop.draw_batch(sequences, users, options, 4)
         found += [task for tasks in batch.groups for task in contents(tasks)]
         ratings.append(sum(int((tasks.segment > 0).sum()) for tasks in batch.groups))
         assert batch.count == len(every.table)
@@ -162,16 +162,16 @@ def contents(tasks):
 
 def train(path, options, dtype=torch.float64, count=20):
     """Take outer steps and save parameters and figures in `path`."""
-    processes.connect(torch.device("cpu"))
+    distributed.connect(torch.device("cpu"))
     system = tiny.ensemble(options).to(dtype)
-    optimizer = RowAdamW(training.parameter_groups(system, options))
+    optimizer = RowAdamW(loop.parameter_groups(system, options))
     sequences = tiny.sequences()
     users = np.arange(len(sequences.offsets) - 1)
     figures = []
     for iteration in range(count):
-        batch = training.draw_batch(sequences, users, options, iteration)
+        batch = loop.draw_batch(sequences, users, options, iteration)
         batch = tiny.double_batch(batch) if dtype == torch.float64 else batch
-        figures.append(training.train_step(system, optimizer, batch, options, iteration))
+        figures.append(loop.train_step(system, optimizer, batch, options, iteration))
     torch.save([system.state_dict(), optimizer.state_dict()["state"], torch.tensor(figures)], path)
     return 0
 
@@ -183,7 +183,7 @@ def train_together(folder, options, count, dtype=torch.float64):
         forked.append(os.fork())
         if not forked[-1]:
             os.environ.update(surroundings(rank, count, port))
-            os._exit(processes.run_together(lambda r=rank: train(folder / f"{r}.pt", options, dtype)))
+            os._exit(distributed.run_together(lambda r=rank: train(folder / f"{r}.pt", options, dtype)))
     assert [wait(process) for process in forked] == [0] * count
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
@@ -224,7 +224,7 @@ def test_same_parts_give_the_same_bits(tmp_path, adapt):
 
 
 def test_validation_users_are_shared_out(tmp_path, both):
-    divide = lambda rank: setattr(training, "LEAST_SHARE", 7)  # noqa: E731
+    divide = lambda rank: setattr(loop, "LEAST_SHARE", 7)  # noqa: E731
     assert run_all(tmp_path, *LEARNER, before=divide) == ([0, 0], "")
     made, expected = (result(folder) for folder in (log_of(tmp_path, 0) / NAME, both))
     assert same(made["states"][0]["last"], expected["states"][0]["last"])
@@ -295,11 +295,12 @@ def test_a_silent_process_ends_the_other(tmp_path):
 
     def start_pair(function, who):
         def prepare(rank):
-            processes.SILENCE = 3
+            distributed.SILENCE = 3
+            owner = dataloader if function == "load_problem" else loop
             if rank == who:
-                do_before(function, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+                do_before(function, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP), owner)
             elif function == "load_problem":
-                do_before(function, 1, lambda: time.sleep(60))
+                do_before(function, 1, lambda: time.sleep(60), owner)
 
         return start_all(tmp_path / f"{function}{who}", before=prepare)
 
@@ -321,7 +322,7 @@ def test_a_mistake_of_one_is_said_once(tmp_path):
     assert statuses == [2, 2] and "holds a run already" in errors
 
     def lose_data(rank):
-        processes.LAST_WORDS = 1  # process 0 waits and has nothing to write
+        distributed.LAST_WORDS = 1  # process 0 waits and has nothing to write
         if rank:
             running.ROOT = tmp_path / "nowhere"
 
@@ -331,9 +332,9 @@ def test_a_mistake_of_one_is_said_once(tmp_path):
 
 def test_full_disk_of_the_first_ends_all(tmp_path, both):
     def no_room():
-        raise runs.cannot_write("x", OSError(28, ""))
+        raise utils.cannot_write("x", OSError(28, ""))
 
-    only = lambda rank: rank or do_before("save_checkpoint", 3, no_room, runs)  # noqa: E731
+    only = lambda rank: rank or do_before("save_checkpoint", 3, no_room, checkpoint)  # noqa: E731
     statuses, errors = run_all(tmp_path, *LEARNER, before=only)
     assert statuses == [2, 2] and "make room on the disk" in errors
     assert run_all(tmp_path, *LEARNER, "--resume") == ([0, 0], "")
@@ -365,7 +366,7 @@ def test_half_an_environment_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(utils.UserError, match="WORLD_SIZE is set, but RANK is not"):
-        processes.join()
+        distributed.join()
 
 
 def test_each_process_has_its_own_gpu(monkeypatch):
@@ -442,4 +443,4 @@ def test_torchrun_starts_all_again(tmp_path):
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     assert wait(launcher, 100) == 0
-    assert max(runs.find_checkpoints(log / NAMES["main"])) == 60
+    assert max(checkpoint.find_checkpoints(log / NAMES["main"])) == 60

@@ -17,16 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import LEARNERS, options
 
-import card
 import dataloader
 import main
 import maml
-import picture
 import recommend
-import recommender as recommender_module
-import runs
-import training
+from evaluation import evaluate
+from models import checkpoint
 from recommend import Recommender, Support
+from serving import export, picture, recommender
 from utils import UserError, run_script
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +51,7 @@ def trained(run):
 
 @pytest.fixture(scope="module")
 def problem():
-    return training.load_problem(options(mode="sample", data_path=SAMPLE, num_test_data=60))
+    return dataloader.load_problem(options(mode="sample", data_path=SAMPLE, num_test_data=60))
 
 
 def stirred(problem, **given):
@@ -94,7 +92,7 @@ def support_of(ratings, user):
 )
 def test_predictions_equal_those_of_evaluation(problem, model, given):
     system, recommender = stirred(problem, model=model, **given)
-    scored = training.evaluate(system, problem, problem.test)
+    scored = evaluate.evaluate(system, problem, problem.test)
     supports = [support_of(problem.ratings, user) for user in scored.user]
     predicted = recommender.predict(supports, [np.array([item + 1]) for item in scored.item])
     assert np.ptp(scored.prediction) > 0.1
@@ -209,10 +207,10 @@ def test_exported_file_predicts_the_same_and_names_no_place(run, trained, tmp_pa
 def test_card_shows_no_figures_of_another_checkpoint(run, tmp_path):
     """Nor those of a report that does not say of which, as earlier versions wrote it."""
     report = json.loads((run / "test.json").read_text())
-    assert f"{report['rmse']:.4f}" in card.figures(run, step := report.pop("step"))
-    assert "was not run" in card.figures(run, step + 1)
+    assert f"{report['rmse']:.4f}" in export.figures(run, step := report.pop("step"))
+    assert "was not run" in export.figures(run, step + 1)
     (tmp_path / "test.json").write_text(json.dumps(report))
-    assert "was not run" in card.figures(tmp_path, step)
+    assert "was not run" in export.figures(tmp_path, step)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
@@ -229,13 +227,13 @@ def test_damaged_and_foreign_files_are_refused(trained, tmp_path, ending):
 
 
 def test_other_versions_are_refused(trained, tmp_path, monkeypatch):
-    path, checkpoint = tmp_path / "melo.safetensors", tmp_path / "melo.pt"
-    monkeypatch.setattr(recommender_module, "EXPORT_VERSION", 7)
-    monkeypatch.setattr(runs, "CHECKPOINT_VERSION", 7)
+    path, other = tmp_path / "melo.safetensors", tmp_path / "melo.pt"
+    monkeypatch.setattr(recommender, "EXPORT_VERSION", 7)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_VERSION", 7)
     trained.export(path)
-    trained.export(checkpoint)
+    trained.export(other)
     monkeypatch.undo()
-    for file in (path, checkpoint):
+    for file in (path, other):
         with pytest.raises(UserError, match="version 7.*version 1"):
             Recommender.load(file)
     old = dict(trained.state, options={n: v for n, v in trained.state["options"].items() if n != "num_factors"})
@@ -295,7 +293,7 @@ def test_pairs_give_the_rmse_of_main_test(run, command, tmp_path):
     rows = pd.read_csv(SAMPLE).sort_values(["user_id", "timestamp"], kind="stable")
     report = json.loads((run / "test.json").read_text())
     users = np.sort(rows.user_id.unique())
-    stored = runs.load_checkpoint(runs.checkpoint_path(run))["options"]
+    stored = checkpoint.load_checkpoint(checkpoint.checkpoint_path(run))["options"]
     drawn = np.random.RandomState(stored["random_seed"]).choice(len(users), stored["num_test_data"], replace=False)
     rows = rows[rows.user_id.isin(users[drawn])]
     target = rows.groupby("user_id").tail(1).sample(frac=1, random_state=1)
@@ -356,7 +354,7 @@ def test_titles_of_every_layout(tmp_path):
     }
     for name, text in layouts.items():
         (tmp_path / name).write_text(text)
-        read = recommend.inputs.read_titles(tmp_path / name)
+        read = recommend.read_titles(tmp_path / name)
         assert read.by_item == {"1": "American President, The (1995)", "2": "Heat"}, name
 
 

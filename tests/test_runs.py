@@ -30,8 +30,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import runs
+import options as option_module
 import utils
+from models import checkpoint
+from training import run_folder
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -48,10 +50,10 @@ few = settings(max_examples=50, deadline=None, derandomize=True)
 @pytest.fixture
 def folder(tmp_path):
     """A run's folder with checkpoints of steps 10 and 20 in it."""
-    path = runs.run_folder(tmp_path / "log", "ml-1m", "bert4rec", "melo")
+    path = checkpoint.run_folder(tmp_path / "log", "ml-1m", "bert4rec", "melo")
     path.mkdir(parents=True)
     for step in (10, 20):
-        runs.save_checkpoint(path, step, state_of(step))
+        checkpoint.save_checkpoint(path, step, state_of(step))
     return path
 
 
@@ -89,7 +91,8 @@ def exit_code(process):
 
 def run_python(code, *arguments, before=()):
     """Run `code` as the main() of a script in a new interpreter."""
-    script = f"import sys, runs, utils, torch\ndef main():\n    {code}\nutils.run_script(main)"
+    imports = "import sys, utils, torch\nfrom models import checkpoint\nfrom training import run_folder"
+    script = f"{imports}\ndef main():\n    {code}\nutils.run_script(main)"
     command = [*before, sys.executable, "-c", script, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -130,12 +133,12 @@ values = st.recursive(
 @given(state=st.dictionaries(st.text(max_size=5), values, max_size=4), step=st.integers(0, 10**9))
 def test_saved_state_comes_back(state, step):
     with tempfile.TemporaryDirectory() as place:
-        path = runs.save_checkpoint(place, step, state)
+        path = checkpoint.save_checkpoint(place, step, state)
         first = path.read_bytes()
-        loaded = runs.load_checkpoint(path)
+        loaded = checkpoint.load_checkpoint(path)
         assert same(loaded, {**state, "step": step})
         # Saved again, the bytes are the same: two runs can be compared by their files.
-        assert runs.save_checkpoint(place, step, loaded).read_bytes() == first
+        assert checkpoint.save_checkpoint(place, step, loaded).read_bytes() == first
 
 
 def test_training_state_comes_back(tmp_path):
@@ -145,26 +148,26 @@ def test_training_state_comes_back(tmp_path):
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    runs.save_checkpoint(tmp_path, 1, {name: part.state_dict() for name, part in parts.items()})
-    loaded = runs.load_newest(tmp_path)
+    checkpoint.save_checkpoint(tmp_path, 1, {name: part.state_dict() for name, part in parts.items()})
+    loaded = checkpoint.load_newest(tmp_path)
     for name, part in parts.items():
         part.load_state_dict(loaded[name])
-        assert same(runs.plain(part.state_dict()), loaded[name])
+        assert same(checkpoint.plain(part.state_dict()), loaded[name])
 
 
 def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path):
     whole = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0))
-    path = runs.save_best(tmp_path, 1, {"row": whole[3], "column": whole[:5, 7], "spread": whole[0, 0].expand(9)})
+    path = checkpoint.save_best(tmp_path, 1, {"row": whole[3], "column": whole[:5, 7], "spread": whole[0, 0].expand(9)})
     assert path.stat().st_size < 20_000
-    assert same(runs.load_checkpoint(path)["column"], whole[:5, 7].contiguous())
+    assert same(checkpoint.load_checkpoint(path)["column"], whole[:5, 7].contiguous())
 
 
 def test_numpy_scalars_become_plain_and_other_objects_are_refused(tmp_path):
-    path = runs.save_best(tmp_path, 1, {"best": np.float32(0.5), "order": OrderedDict(a=np.int64(3))})
-    assert same(runs.load_checkpoint(path), {"best": 0.5, "order": {"a": 3}, "step": 1})
+    path = checkpoint.save_best(tmp_path, 1, {"best": np.float32(0.5), "order": OrderedDict(a=np.int64(3))})
+    assert same(checkpoint.load_checkpoint(path), {"best": 0.5, "order": {"a": 3}, "step": 1})
     with pytest.raises(TypeError, match=r"state\['ids'\]\[1\] is a ndarray"):
-        runs.save_best(tmp_path, 2, {"ids": [1, np.zeros(3)]})
-    assert runs.load_checkpoint(path)["step"] == 1
+        checkpoint.save_best(tmp_path, 2, {"ids": [1, np.zeros(3)]})
+    assert checkpoint.load_checkpoint(path)["step"] == 1
 
 
 # -----------------------------------------------------------------------------
@@ -174,38 +177,38 @@ def test_numpy_scalars_become_plain_and_other_objects_are_refused(tmp_path):
 @pytest.mark.parametrize(("keep", "left"), [(1, [50]), (3, [30, 40, 50]), (0, [10, 20, 30, 40, 50])])
 def test_the_newest_are_kept(folder, keep, left):
     for step in (30, 40, 50):
-        runs.save_checkpoint(folder, step, state_of(step), keep)
-    assert list(runs.find_checkpoints(folder)) == left
+        checkpoint.save_checkpoint(folder, step, state_of(step), keep)
+    assert list(checkpoint.find_checkpoints(folder)) == left
 
 
 def test_a_damaged_later_checkpoint_does_not_push_out_a_good_one(folder):
-    runs.save_checkpoint(folder, 30, state_of(30))
-    truncate(runs.checkpoint_path(folder, 30), 100)
-    runs.save_checkpoint(folder, 25, state_of(25), keep=1)
-    assert runs.load_newest(folder)["step"] == 25
+    checkpoint.save_checkpoint(folder, 30, state_of(30))
+    truncate(checkpoint.checkpoint_path(folder, 30), 100)
+    checkpoint.save_checkpoint(folder, 25, state_of(25), keep=1)
+    assert checkpoint.load_newest(folder)["step"] == 25
 
 
 def test_checkpoint_path(folder):
-    assert runs.checkpoint_path(folder).name == "step-00000020.pt"
-    assert runs.checkpoint_path(folder, 10).name == "step-00000010.pt"
-    runs.save_best(folder, 15, state_of(15))
-    assert runs.checkpoint_path(folder).name == runs.checkpoint_path(folder, 15).name == "best.pt"
+    assert checkpoint.checkpoint_path(folder).name == "step-00000020.pt"
+    assert checkpoint.checkpoint_path(folder, 10).name == "step-00000010.pt"
+    checkpoint.save_best(folder, 15, state_of(15))
+    assert checkpoint.checkpoint_path(folder).name == checkpoint.checkpoint_path(folder, 15).name == "best.pt"
     with pytest.raises(UserError, match=r"no checkpoint of step 7.*can be 10, 20, 15 \(the best\) or -1"):
-        runs.checkpoint_path(folder, 7)
+        checkpoint.checkpoint_path(folder, 7)
     with pytest.raises(UserError, match="holds no checkpoint"):
-        runs.checkpoint_path(folder / "elsewhere")
-    assert runs.load_newest(folder / "elsewhere") is None
+        checkpoint.checkpoint_path(folder / "elsewhere")
+    assert checkpoint.load_newest(folder / "elsewhere") is None
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_by_accident(folder):
     for name in ("test.json", "events.out.tfevents.1"):
         (folder / name).touch()
     with pytest.raises(UserError, match="--resume"):
-        runs.start_anew(folder)
-    assert list(runs.find_checkpoints(folder)) == [10, 20]
-    runs.start_anew(folder, overwrite=True)
+        run_folder.start_anew(folder)
+    assert list(checkpoint.find_checkpoints(folder)) == [10, 20]
+    run_folder.start_anew(folder, overwrite=True)
     assert [path.name for path in folder.iterdir()] == ["checkpoints"]
-    runs.start_anew(folder)
+    run_folder.start_anew(folder)
 
 
 # -----------------------------------------------------------------------------
@@ -222,59 +225,59 @@ def flip(path, position):
     path.write_bytes(data)
 
 
-HEAD = range(runs.PREFIX_BYTES + 8)
+HEAD = range(checkpoint.PREFIX_BYTES + 8)
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.02, 0.5, 0.99, 0.9999])
 def test_truncation_is_noticed_and_the_one_before_taken(folder, share, capsys):
-    path = runs.checkpoint_path(folder, 20)
+    path = checkpoint.checkpoint_path(folder, 20)
     truncate(path, int(path.stat().st_size * share))
     with pytest.raises(UserError, match="truncated") as error:
-        runs.load_checkpoint(path)
+        checkpoint.load_checkpoint(path)
     assert one_sentence(error)
-    assert runs.load_newest(folder)["step"] == 10
+    assert checkpoint.load_newest(folder)["step"] == 10
     assert capsys.readouterr().err.startswith(f"warning: {path} is truncated")
 
 
 @pytest.mark.parametrize("position", [*HEAD, -1, -2, -22, -100, 500, 800, 1000])
 def test_a_flipped_bit_is_noticed(folder, position, capsys):
-    path = runs.checkpoint_path(folder, 20)
+    path = checkpoint.checkpoint_path(folder, 20)
     flip(path, position)
     with pytest.raises(UserError) as error:
-        runs.load_checkpoint(path)
+        checkpoint.load_checkpoint(path)
     assert one_sentence(error)
-    assert runs.load_newest(folder)["step"] == 10
+    assert checkpoint.load_newest(folder)["step"] == 10
     assert capsys.readouterr().err.count("warning") == 1
 
 
 def test_bytes_too_many_are_noticed(folder):
-    path = runs.checkpoint_path(folder, 20)
+    path = checkpoint.checkpoint_path(folder, 20)
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(UserError, match="damaged"):
-        runs.load_checkpoint(path)
+        checkpoint.load_checkpoint(path)
 
 
 def test_all_damaged_is_an_error(folder):
-    for path in runs.find_checkpoints(folder).values():
+    for path in checkpoint.find_checkpoints(folder).values():
         flip(path, -1)
     with pytest.raises(UserError, match="no checkpoint in .* can be used"):
-        runs.load_newest(folder)
+        checkpoint.load_newest(folder)
 
 
 def test_unknown_version_says_so(folder):
-    path = runs.checkpoint_path(folder, 20)
+    path = checkpoint.checkpoint_path(folder, 20)
     write_file(path, payload_of(state_of(20)), version=7)
     with pytest.raises(UserError, match="format version 7, and this program reads version 1"):
-        runs.load_checkpoint(path)
+        checkpoint.load_checkpoint(path)
 
 
 def test_missing_and_wrong_entries_are_named(folder):
-    path = runs.checkpoint_path(folder, 20)
-    assert runs.load_checkpoint(path, {"loop": dict, "weights": torch.Tensor})["step"] == 20
+    path = checkpoint.checkpoint_path(folder, 20)
+    assert checkpoint.load_checkpoint(path, {"loop": dict, "weights": torch.Tensor})["step"] == 20
     with pytest.raises(UserError, match="lacks 'optimizer'"):
-        runs.load_checkpoint(path, {"optimizer": dict})
+        checkpoint.load_checkpoint(path, {"optimizer": dict})
     with pytest.raises(UserError, match="holds 'loop' as dict, not list"):
-        runs.load_checkpoint(path, {"loop": list})
+        checkpoint.load_checkpoint(path, {"loop": list})
 
 
 # -----------------------------------------------------------------------------
@@ -297,26 +300,26 @@ def payload_of(state, **options):
     return payload.getvalue()
 
 
-def write_file(path, payload, version=runs.CHECKPOINT_VERSION, step=20):
+def write_file(path, payload, version=checkpoint.CHECKPOINT_VERSION, step=20):
     """A checkpoint file with a right checksum around any payload."""
-    header = runs.HEADER.pack(runs.MAGIC, version, step, len(payload))
+    header = checkpoint.HEADER.pack(checkpoint.MAGIC, version, step, len(payload))
     path.write_bytes(header + hashlib.sha256(header + payload).digest() + payload)
 
 
 def refused(path):
     with pytest.raises(UserError) as error:
-        runs.load_checkpoint(path)
+        checkpoint.load_checkpoint(path)
     return one_sentence(error)
 
 
 @pytest.mark.parametrize("new_format", [True, False])
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_code_in_a_pickle_is_not_run(folder, tmp_path, new_format, wrapped):
-    marker, path = tmp_path / "marker", runs.checkpoint_path(folder, 20)
+    marker, path = tmp_path / "marker", checkpoint.checkpoint_path(folder, 20)
     payload = payload_of({"weights": Evil(marker)}, _use_new_zipfile_serialization=new_format)
     write_file(path, payload) if wrapped else path.write_bytes(payload)
     assert refused(path)
-    assert runs.load_newest(folder)["step"] == 10
+    assert checkpoint.load_newest(folder)["step"] == 10
     assert not marker.exists()
     with contextlib.suppress(Exception):  # the file does what it is said to do
         torch.load(io.BytesIO(payload), weights_only=False)
@@ -371,10 +374,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_payload_with_a_right_checksum_is_refused(folder, name):
-    path = runs.checkpoint_path(folder, 20)
+    path = checkpoint.checkpoint_path(folder, 20)
     write_file(path, HOSTILE[name])
     assert refused(path)
-    assert runs.load_newest(folder)["step"] == 10
+    assert checkpoint.load_newest(folder)["step"] == 10
 
 
 def test_what_is_not_a_file_is_refused(tmp_path):
@@ -421,7 +424,7 @@ def test_fuzz_damaged_checkpoint(tmp_path_factory, edits):
     changed = damage(data, edits)
     path.write_bytes(changed)
     if changed == data:
-        assert is_whole(runs.load_checkpoint(path))
+        assert is_whole(checkpoint.load_checkpoint(path))
     else:
         assert refused(path)
 
@@ -434,7 +437,7 @@ def test_fuzz_damaged_payload_with_a_right_checksum(tmp_path_factory, edits, evi
     path, marker = place / "fuzz.pt", place / "marker"
     write_file(path, damage(payload_of({"weights": Evil(marker)} if evil else state_of(20)), edits))
     with contextlib.suppress(UserError):  # a changed element of a tensor cannot be known
-        state = runs.load_checkpoint(path)
+        state = checkpoint.load_checkpoint(path)
         assert not evil
         assert state["step"] == 20
     assert not marker.exists()
@@ -450,17 +453,17 @@ json_values = st.recursive(
 
 def use_config(folder):
     """All that a script does with a config.json; UserError is the only way to fail."""
-    config = runs.read_config(folder)
-    runs.check_fingerprint(config["fingerprint"], CONFIG["fingerprint"], folder)
-    runs.check_resume(config["options"], CONFIG["options"])
-    runs.warn_versions(config)
+    config = run_folder.read_config(folder)
+    checkpoint.check_fingerprint(config["fingerprint"], CONFIG["fingerprint"], folder)
+    option_module.check_resume(config["options"], CONFIG["options"])
+    run_folder.warn_versions(config)
 
 
 @pytest.fixture(scope="module")
 def configured(tmp_path_factory):
     """A folder with a config.json, and the bytes of it."""
     place = tmp_path_factory.mktemp("configured")
-    runs.write_config(place, CONFIG)
+    run_folder.write_config(place, CONFIG)
     return place, (place / "config.json").read_bytes()
 
 
@@ -493,14 +496,14 @@ def test_fuzz_config_of_other_values(configured, data):
 
 
 def assert_unharmed(folder, step=20):
-    assert is_whole(state := runs.load_newest(folder)) and state["step"] == step
+    assert is_whole(state := checkpoint.load_newest(folder)) and state["step"] == step
     assert not list(folder.rglob("*.tmp"))
 
 
 def test_file_size_limit(folder, tmp_path):
     def save():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        runs.save_checkpoint(folder, 30, state_of(30, size=20_000))
+        checkpoint.save_checkpoint(folder, 30, state_of(30, size=20_000))
 
     assert exit_code(start_child(save, tmp_path / "err")) == 2
     message = (tmp_path / "err").read_text()
@@ -513,7 +516,7 @@ def test_full_disk(folder):
     temporary = folder / "checkpoints" / f"step-00000030.pt.{os.getpid()}.tmp"
     temporary.symlink_to("/dev/full")
     with pytest.raises(UserError, match="No space left.*what was saved before is whole: make room"):
-        runs.save_checkpoint(folder, 30, state_of(30))
+        checkpoint.save_checkpoint(folder, 30, state_of(30))
     assert_unharmed(folder)
 
 
@@ -526,15 +529,15 @@ def test_full_file_system(tmp_path):
         pytest.skip("may not mount a file system")
     code = """
     folder = sys.argv[1]
-    runs.save_checkpoint(folder, 1, {'x': torch.ones(20_000)})
-    runs.write_config(folder, {'options': {}, 'fingerprint': 'a'})
+    checkpoint.save_checkpoint(folder, 1, {'x': torch.ones(20_000)})
+    run_folder.write_config(folder, {'options': {}, 'fingerprint': 'a'})
     for _ in range(2):
         try:
-            runs.save_checkpoint(folder, 2, {'x': torch.ones(60_000)})
+            checkpoint.save_checkpoint(folder, 2, {'x': torch.ones(60_000)})
         except utils.UserError as error:
             print(error)
-    runs.write_config(folder, {'options': {'x': 1}, 'fingerprint': 'a'})
-    print(runs.load_newest(folder)['x'].sum().item(), runs.read_config(folder)['options'])
+    run_folder.write_config(folder, {'options': {'x': 1}, 'fingerprint': 'a'})
+    print(checkpoint.load_newest(folder)['x'].sum().item(), run_folder.read_config(folder)['options'])
     """
     done = run_python(code.strip(), place, before=mount)
     assert done.returncode == 0, done.stderr
@@ -544,23 +547,23 @@ def test_full_file_system(tmp_path):
 
 
 def test_log_folder_removed_during_the_run(folder):
-    with runs.lock_folder(folder):
+    with run_folder.lock_folder(folder):
         shutil.rmtree(folder)
         with pytest.raises(UserError, match="its folder was removed"):
-            runs.save_checkpoint(folder, 30, state_of(30))
+            checkpoint.save_checkpoint(folder, 30, state_of(30))
         with pytest.raises(UserError, match="its folder was removed"):
-            runs.write_config(folder, CONFIG)
+            run_folder.write_config(folder, CONFIG)
     assert not folder.exists()
 
 
 def test_file_where_a_folder_should_be(tmp_path):
     (tmp_path / "log").touch()
-    with pytest.raises(UserError, match="cannot write"), runs.lock_folder(tmp_path / "log" / "run"):
+    with pytest.raises(UserError, match="cannot write"), run_folder.lock_folder(tmp_path / "log" / "run"):
         pass
     (tmp_path / "checkpoints").touch()
     with pytest.raises(UserError, match="cannot write"):
-        runs.save_checkpoint(tmp_path, 1, state_of(1))
-    assert runs.load_newest(tmp_path) is None
+        checkpoint.save_checkpoint(tmp_path, 1, state_of(1))
+    assert checkpoint.load_newest(tmp_path) is None
 
 
 @contextlib.contextmanager
@@ -581,7 +584,7 @@ def shut_folder():
     """A read-only folder with an unreadable newest checkpoint, in a place where others may look."""
     with tempfile.TemporaryDirectory() as place:
         for step in (10, 20, 30):
-            runs.save_checkpoint(place, step, state_of(step))
+            checkpoint.save_checkpoint(place, step, state_of(step))
         paths = [Path(place), *Path(place).rglob("*")]
         for path in paths:
             path.chmod(0o000 if path.name == "step-00000030.pt" else 0o555)
@@ -592,35 +595,35 @@ def shut_folder():
 
 def test_read_only_folder(shut_folder):
     with ordinary_user():
-        with pytest.raises(UserError, match="cannot write .*Permission denied"), runs.lock_folder(shut_folder):
+        with pytest.raises(UserError, match="cannot write .*Permission denied"), run_folder.lock_folder(shut_folder):
             pass
         with pytest.raises(UserError, match="Permission denied.*--log_dir"):
-            runs.save_checkpoint(shut_folder, 40, state_of(40))
+            checkpoint.save_checkpoint(shut_folder, 40, state_of(40))
         with pytest.raises(UserError, match="Permission denied"):
-            runs.start_anew(shut_folder, overwrite=True)
+            run_folder.start_anew(shut_folder, overwrite=True)
     assert_unharmed(shut_folder, step=30)
 
 
 def test_unreadable_files(shut_folder, capsys):
     with ordinary_user():
         with pytest.raises(UserError, match="cannot read .*Permission denied"):
-            runs.load_checkpoint(runs.checkpoint_path(shut_folder, 30))
-        assert runs.load_newest(shut_folder)["step"] == 20
+            checkpoint.load_checkpoint(checkpoint.checkpoint_path(shut_folder, 30))
+        assert checkpoint.load_newest(shut_folder)["step"] == 20
     assert "Permission denied" in capsys.readouterr().err
 
 
 def save_for_ever(folder):
-    with runs.lock_folder(folder), runs.Interruption():
-        for step in count(runs.load_newest(folder)["step"] + 1):
-            runs.save_checkpoint(folder, step, state_of(step, size=20_000))
-            runs.save_best(folder, step, state_of(step, size=20_000))
+    with run_folder.lock_folder(folder), run_folder.Interruption():
+        for step in count(checkpoint.load_newest(folder)["step"] + 1):
+            checkpoint.save_checkpoint(folder, step, state_of(step, size=20_000))
+            checkpoint.save_best(folder, step, state_of(step, size=20_000))
 
 
 def start_saving(folder, stderr):
     """A process that saves for ever and has begun to."""
-    before = max(runs.find_checkpoints(folder))
+    before = max(checkpoint.find_checkpoints(folder))
     process = start_child(lambda: save_for_ever(folder), stderr)
-    wait_until(lambda: max(runs.find_checkpoints(folder)) > before)
+    wait_until(lambda: max(checkpoint.find_checkpoints(folder)) > before)
     return process
 
 
@@ -633,8 +636,8 @@ def wait_until(condition):
 
 
 def assert_all_whole(folder):
-    paths = [*runs.find_checkpoints(folder).values(), *folder.glob("checkpoints/best.pt")]
-    assert all(is_whole(runs.load_checkpoint(path)) for path in paths)
+    paths = [*checkpoint.find_checkpoints(folder).values(), *folder.glob("checkpoints/best.pt")]
+    assert all(is_whole(checkpoint.load_checkpoint(path)) for path in paths)
 
 
 def test_killed_while_saving(folder, tmp_path):
@@ -645,7 +648,9 @@ def test_killed_while_saving(folder, tmp_path):
         os.kill(process, signal.SIGKILL)
         assert exit_code(process) == -signal.SIGKILL
         assert_all_whole(folder)
-        with runs.lock_folder(folder):  # that of the dead process is taken over, what it left half-written removed
+        with run_folder.lock_folder(
+            folder
+        ):  # that of the dead process is taken over, what it left half-written removed
             assert not list(folder.rglob("*.tmp"))
 
 
@@ -655,24 +660,24 @@ def test_killed_while_saving(folder, tmp_path):
 
 def test_second_run_is_refused_with_process_and_host(folder, tmp_path):
     def lock():
-        with runs.lock_folder(folder):
+        with run_folder.lock_folder(folder):
             pass
 
-    with runs.lock_folder(folder):
+    with run_folder.lock_folder(folder):
         assert exit_code(start_child(lock, tmp_path / "err")) == 2
-        with pytest.raises(UserError, match=f"process {os.getpid()} on host"), runs.lock_folder(folder):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on host"), run_folder.lock_folder(folder):
             pass
         message = (tmp_path / "err").read_text()
         assert f"in use by process {os.getpid()} on host {socket.gethostname()}" in message
         assert message.count("\n") == 1
-    with runs.lock_folder(folder):
+    with run_folder.lock_folder(folder):
         pass
 
 
 @pytest.mark.parametrize("content", ["", "999999 {host}\n", "1 {host}\n", "rubbish", "-1 {host}", "\0" * 50])
 def test_stale_lock_of_this_host_is_taken_over(folder, content):
     (folder / "lock").write_text(content.format(host=socket.gethostname()))
-    with runs.lock_folder(folder):
+    with run_folder.lock_folder(folder):
         assert (folder / "lock").read_text().split() == [str(os.getpid()), socket.gethostname()]
     assert (folder / "lock").read_text() == ""
 
@@ -680,7 +685,7 @@ def test_stale_lock_of_this_host_is_taken_over(folder, content):
 def test_lock_of_another_host_is_respected(folder):
     (folder / "lock").write_text("123 elsewhere\n")
     message = f"process 123 on host elsewhere.*remove {folder / 'lock'}"
-    with pytest.raises(UserError, match=message), runs.lock_folder(folder):
+    with pytest.raises(UserError, match=message), run_folder.lock_folder(folder):
         pass
     assert (folder / "lock").read_text() == "123 elsewhere\n"
 
@@ -689,16 +694,20 @@ def test_file_system_without_locks(folder, monkeypatch):
     def flock(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
     (folder / "lock").write_text(f"999999999 {socket.gethostname()}\n")  # beyond the largest process id
-    with runs.lock_folder(folder), pytest.raises(UserError, match="in use by process"), runs.lock_folder(folder):
+    with (
+        run_folder.lock_folder(folder),
+        pytest.raises(UserError, match="in use by process"),
+        run_folder.lock_folder(folder),
+    ):
         pass
-    with runs.lock_folder(folder):
+    with run_folder.lock_folder(folder):
         pass
 
 
 def test_lock_ends_with_an_exception(folder):
-    with pytest.raises(ZeroDivisionError), runs.lock_folder(folder):
+    with pytest.raises(ZeroDivisionError), run_folder.lock_folder(folder):
         raise ZeroDivisionError
     assert (folder / "lock").read_text() == ""
 
@@ -710,13 +719,13 @@ def test_lock_ends_with_an_exception(folder):
 def test_config_comes_back_with_what_repeats_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--data_path=my ratings.csv"])
     options = argparse.Namespace(model="narm", scale=(1, 5), path=tmp_path, lr=np.float64(0.1))
-    runs.write_config(tmp_path, {"options": options, "fingerprint": "ab", "parameters": 7})
-    config = runs.read_config(tmp_path)
+    run_folder.write_config(tmp_path, {"options": options, "fingerprint": "ab", "parameters": 7})
+    config = run_folder.read_config(tmp_path)
     assert config["options"] == {"model": "narm", "scale": [1, 5], "path": str(tmp_path), "lr": 0.1}
     assert config["command"] == "python main.py '--data_path=my ratings.csv'"
     assert config["versions"]["torch"] == torch.__version__ and config["versions"]["numpy"] == np.__version__
     assert config["parameters"] == 7
-    runs.check_resume(config["options"], options)
+    option_module.check_resume(config["options"], options)
 
 
 GOOD = {"options": {}, "fingerprint": "a", "versions": {}, "command": "", "format_version": 1}
@@ -740,21 +749,21 @@ BAD_CONFIGS = {
 def test_bad_config(tmp_path, text, message):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=message) as error:
-        runs.read_config(tmp_path)
+        run_folder.read_config(tmp_path)
     assert one_sentence(error)
 
 
 def test_missing_config(tmp_path):
     with pytest.raises(UserError, match="config.json does not exist"):
-        runs.read_config(tmp_path)
+        run_folder.read_config(tmp_path)
 
 
 def test_resume_lists_every_difference():
     old = {"model": "narm", "num_train_iterations": 100, "log_interval": 5, "fold": 1, "gone": 1}
-    runs.check_resume(old, {**old, "num_train_iterations": 200, "log_interval": 7, "device": "cuda"})
+    option_module.check_resume(old, {**old, "num_train_iterations": 200, "log_interval": 7, "device": "cuda"})
     new = {"model": "sasrec", "num_train_iterations": 50, "log_interval": 7, "fold": True, "added": 2}
     with pytest.raises(UserError) as error:
-        runs.check_resume(old, new)
+        option_module.check_resume(old, new)
     for part in (
         "--model was 'narm' and is now 'sasrec'",
         "--num_train_iterations was 100 and is now 50",
@@ -767,12 +776,12 @@ def test_resume_lists_every_difference():
 
 
 def test_other_data_and_other_versions(capsys):
-    runs.check_fingerprint("abc", "abc", "log")
+    checkpoint.check_fingerprint("abc", "abc", "log")
     with pytest.raises(UserError, match="log belongs to other data"):
-        runs.check_fingerprint("abc", "abd", "log")
-    runs.warn_versions({"versions": runs.versions()})
+        checkpoint.check_fingerprint("abc", "abd", "log")
+    run_folder.warn_versions({"versions": run_folder.versions()})
     assert capsys.readouterr().err == ""
-    runs.warn_versions({"versions": {**runs.versions(), "torch": "1.0"}})
+    run_folder.warn_versions({"versions": {**run_folder.versions(), "torch": "1.0"}})
     assert f"torch 1.0 -> {torch.__version__}" in capsys.readouterr().err
 
 
@@ -783,7 +792,7 @@ def test_other_data_and_other_versions(capsys):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_first_signal_only_asks(number, code):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with runs.Interruption() as stop:
+    with run_folder.Interruption() as stop:
         assert not stop.requested and stop.exit_code == 0
         os.kill(os.getpid(), number)
         assert stop.signal == number and not stop.requested

@@ -20,8 +20,8 @@ import main
 import options
 import pretrain
 import recommend
-import runs
-import testing
+from evaluation import evaluate
+from models import checkpoint
 from utils import UserError, run_script
 
 SCRIPTS = {"main.py": main.main, "pretrain.py": pretrain.main}
@@ -81,11 +81,11 @@ def test_pretrained_run_is_tested_on_the_same_users(trained):
 @pytest.mark.parametrize(("flags", "chunk"), [((), 3), (("--task_chunk=2",), 2)])
 def test_a_test_holds_as_many_tasks_at_once_as_training_did(trained, monkeypatch, flags, chunk):
     path = trained / "log/sample-bert4rec-melo/checkpoints/best.pt"
-    state = runs.load_checkpoint(path)
+    state = checkpoint.load_checkpoint(path)
     state["options"]["task_chunk"] = 3
-    monkeypatch.setattr(runs, "load_checkpoint", lambda *_: state)
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda *_: state)
     monkeypatch.chdir(trained)
-    system, stored, _, _ = testing.load_system(path, options.parse("", [*SAMPLE, *SMALL, *flags]))
+    system, stored, _, _ = evaluate.load_system(path, options.parse("", [*SAMPLE, *SMALL, *flags]))
     assert system.options.task_chunk == stored.task_chunk == chunk
 
 
@@ -254,7 +254,7 @@ def test_other_commands_of_the_readme_are_understood():
 def test_every_message_that_has_a_remedy_can_come():
     table = README[README.index("## If something goes wrong") :].split("\n## ")[0]
     messages = [part for row in re.findall(r"^\| (`.*?) \| ", table, re.M) for part in re.findall("`([^`]+)`", row)]
-    sources = [path.read_text() for path in (*ROOT.glob("*.py"), ROOT / "Makefile")]
+    sources = [path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), ROOT / "Makefile")]
     assert len(messages) >= 15
     for message in messages:
         pieces = [piece.strip() for piece in message.split("...") if piece.strip()]

@@ -13,15 +13,13 @@ import numpy as np
 import pytest
 from running import ITERATIONS, NAMES, command, read_events
 
-import baselines
-import events
+import dataloader
 import main
 import options as option_module
 import pretrain
-import projector
-import runs
-import testing
-import training
+from evaluation import baselines, evaluate
+from models import checkpoint
+from training import projector, run_folder, tensorboard
 
 PATIENCE = 90  # seconds
 MELO, BASIC = NAMES["main"], NAMES["pretrain"]
@@ -128,7 +126,7 @@ def test_text(ask):
 def test_hparams_hold_options_and_final_figures(ask, log):
     infos = ask("hparams/experiment", {"experimentName": ""})["hparamInfos"]
     columns = [{"hparam": info["name"], "includeInResult": True} for info in infos]
-    metrics = [{"metric": {"tag": tag}} for tag in events.FINAL]
+    metrics = [{"metric": {"tag": tag}} for tag in tensorboard.FINAL]
     asked = {"colParams": columns + metrics, "startIndex": 0, "sliceSize": 10, "allowedStatuses": ["STATUS_SUCCESS"]}
     groups = {group["name"]: group for group in ask("hparams/session_groups", asked)["sessionGroups"]}
     assert set(groups) == {f"log/{MELO}", f"log/{BASIC}"}
@@ -137,7 +135,7 @@ def test_hparams_hold_options_and_final_figures(ask, log):
     assert not options.keys() & {"log_dir", "data_path", "device"}
     figures = {value["name"]["tag"]: value["value"] for value in groups[f"log/{MELO}"]["metricValues"]}
     report = json.loads((log / MELO / "test.json").read_text())
-    assert figures.keys() == events.FINAL.keys()
+    assert figures.keys() == tensorboard.FINAL.keys()
     for name in ("rmse", "mae", "macro_rmse"):
         assert figures[f"test/{name}"] == pytest.approx(report[name], rel=1e-6)
 
@@ -146,7 +144,7 @@ def test_projector_has_every_item(ask, log):
     embeddings = ask(f"projector/info?run={MELO}")["embeddings"]
     assert [(each["tensorName"], each["tensorShape"][1]) for each in embeddings] == [("item factors", 2)]
     lines = ask(f"projector/metadata?run={MELO}&name=item%20factors", as_json=False).splitlines()
-    ids = runs.load_checkpoint(runs.checkpoint_path(log / MELO))["item_ids"]
+    ids = checkpoint.load_checkpoint(checkpoint.checkpoint_path(log / MELO))["item_ids"]
     assert lines[0] == "item\tratings\tmean rating" and [int(line.split("\t")[0]) for line in lines[1:]] == ids
 
 
@@ -156,12 +154,14 @@ def test_projector_has_every_item(ask, log):
 
 @pytest.fixture
 def problem(log):
-    return training.load_problem(option_module.parse("", command(log)))
+    return dataloader.load_problem(option_module.parse("", command(log)))
 
 
 def test_reference_lines_are_scored_on_the_targets_of_validation(log, problem, monkeypatch):
-    system, options, _, _ = testing.load_system(runs.checkpoint_path(log / MELO), option_module.parse("", command(log)))
-    scored = training.evaluate(system, problem, problem.validation, num_targets=3)
+    system, options, _, _ = evaluate.load_system(
+        checkpoint.checkpoint_path(log / MELO), option_module.parse("", command(log))
+    )
+    scored = evaluate.evaluate(system, problem, problem.validation, num_targets=3)
     targets, prediction_errors = [], baselines.prediction_errors
 
     def watch(target, *rest):
@@ -182,7 +182,7 @@ def test_reference_lines_are_scored_on_the_targets_of_validation(log, problem, m
 @pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [2.0] * 5, [-1.0, 1.0, 5.0], [1e-12, 1e-12 * 1.5]])
 def test_histogram_counts_all_values_within_its_edges(values):
     values = np.array(values)
-    made = events.histogram(values)
+    made = tensorboard.histogram(values)
     assert sum(made.bucket) == len(values) and len(made.bucket) == len(made.bucket_limit)
     assert made.bucket_limit[0] <= values.min() and made.bucket_limit[-1] >= values.max()
     assert np.all(np.diff(made.bucket_limit) > 0)
@@ -204,13 +204,13 @@ def test_the_most_rated_items_are_shown_with_titles_beside_the_ratings(log, prob
 
 
 def test_a_test_leaves_one_file_and_the_curves_as_they_were(log):
-    assert len(list((log / MELO).glob(f"{events.TEST_FILE}*"))) == 1
+    assert len(list((log / MELO).glob(f"{tensorboard.TEST_FILE}*"))) == 1
     scalars = read_events(log / MELO)
     assert [event.step for event in scalars.Scalars("validation/rmse")] == [0, 5, 10, ITERATIONS]
     assert len(scalars.Scalars("test/rmse")) == 1
 
 
 def test_beginning_anew_leaves_nothing_of_the_run_before(log):
-    runs.start_anew(log / BASIC, overwrite=True)
+    run_folder.start_anew(log / BASIC, overwrite=True)
     left = {path.name for path in (log / BASIC).rglob("*") if path.is_file()}
     assert left == {"config.json", "lock"}

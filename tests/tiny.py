@@ -6,7 +6,7 @@ import torch
 import dataloader
 import maml
 import options as option_module
-import training
+from training import loop
 
 SIZES = {
     "bert_hidden_units": 8,
@@ -52,7 +52,7 @@ def double(tasks):
 def training_batch(options, stream=0, **given):
     """The same tasks as `training.train_step` takes them."""
     data = sequences(**given)
-    return double_batch(training.draw_batch(data, np.arange(len(data.offsets) - 1), options, stream))
+    return double_batch(loop.draw_batch(data, np.arange(len(data.offsets) - 1), options, stream))
 
 
 def double_batch(batch):

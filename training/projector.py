@@ -5,9 +5,9 @@ import contextlib
 import numpy as np
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
-import datasets
-import inputs
-import runs
+import utils
+from models import checkpoint
+from ratings import table, titles
 from utils import UserError
 
 MOST_ITEMS = 10_000  # the most rated ones; a browser moves no more
@@ -23,7 +23,7 @@ def write(folder, ratings, options):
 
     The configuration beside it, without which nothing is shown, is written last.
     """
-    system = runs.load_checkpoint(runs.checkpoint_path(folder))["system"]
+    system = checkpoint.load_checkpoint(checkpoint.checkpoint_path(folder))["system"]
     factor = system.get(f"{LEARNER}.item_factor")
     name = "item_embedding" if factor is None or factor.shape[1] < DIMENSIONS else "item_factor"
     count = np.bincount(ratings.items, minlength=len(ratings.item_ids))
@@ -38,8 +38,8 @@ def write(folder, ratings, options):
         paths["tensor_path"].write_text(as_lines([f"{x:.4g}" for x in row] for row in vectors), "utf-8")
         paths["metadata_path"].write_text(as_lines(describe(ratings, shown, read_titles(options))), "utf-8")
     except OSError as error:
-        raise runs.cannot_write(place, error) from error
-    runs.write_atomic(folder / CONFIG, str(config).encode())
+        raise utils.cannot_write(place, error) from error
+    utils.write_atomic(folder / CONFIG, str(config).encode())
 
 
 def describe(ratings, shown, titles):
@@ -54,10 +54,10 @@ def describe(ratings, shown, titles):
 
 def read_titles(options):
     """{item id as text: title} of a titles file beside the ratings; empty where there is none that can be read."""
-    folder = datasets.data_place(options)[0].parent
+    folder = table.data_place(options)[0].parent
     for path in (folder / name for name in TITLES):
         with contextlib.suppress(UserError):
-            return inputs.read_titles(path).by_item
+            return titles.read_titles(path).by_item
     return {}
 
 

@@ -19,7 +19,8 @@ from torch.func import functional_call
 import dataloader
 import maml
 import options as option_module
-import runs
+import utils
+from models import checkpoint
 from models.kernels import VECTOR
 from utils import UserError, choose_device, keep_memory
 
@@ -82,8 +83,8 @@ class Recommender:
         """
         path = Path(source)
         if path.is_dir():
-            path = runs.checkpoint_path(path, checkpoint_step)
-        state = read_safetensors(path) if path.suffix == ".safetensors" else runs.load_checkpoint(path, ENTRIES)
+            path = checkpoint.checkpoint_path(path, checkpoint_step)
+        state = read_safetensors(path) if path.suffix == ".safetensors" else checkpoint.load_checkpoint(path, ENTRIES)
         return cls(state, path, device)
 
     def number(self, item: Item) -> int:
@@ -156,9 +157,9 @@ class Recommender:
         options = {name: "" if name in LOCAL else value for name, value in self.state["options"].items()}
         state = self.state | {"options": options}
         if path.suffix == ".safetensors":
-            runs.write_atomic(path, safetensors_bytes(state))
+            utils.write_atomic(path, safetensors_bytes(state))
         elif path.suffix == ".pt":
-            runs.write_checkpoint(path, state["step"], state)
+            checkpoint.write_checkpoint(path, state["step"], state)
         else:
             raise UserError(f"--export={path} must end in .safetensors or .pt")
 
@@ -328,7 +329,7 @@ def safetensors_bytes(state):
     """The bytes of an exported .safetensors file."""
     import safetensors.torch
 
-    tensors = runs.plain(state["system"])
+    tensors = checkpoint.plain(state["system"])
     metadata = {name: json.dumps(value) for name, value in state.items() if name != "system"}
     metadata |= {"format": "melo", "format_version": str(EXPORT_VERSION)}
     metadata["sha256"] = hashlib.sha256(split_safetensors(safetensors.torch.save(tensors))[1]).hexdigest()
@@ -345,7 +346,7 @@ def read_safetensors(path):
     """The entries of an exported .safetensors file; UserError where it is damaged, foreign or of another version."""
     import safetensors.torch
 
-    data = runs.read_regular(path, "an exported file")
+    data = utils.read_regular(path, "an exported file")
     try:
         header, payload = split_safetensors(data)
         metadata = header.get("__metadata__", {})
@@ -365,6 +366,6 @@ def read_safetensors(path):
         state["system"] = safetensors.torch.load(data)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: export it again") from error
-    if problem := runs.wrong_entry(state, ENTRIES):
+    if problem := checkpoint.wrong_entry(state, ENTRIES):
         raise UserError(f"{path} {problem}: export it again")
     return state

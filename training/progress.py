@@ -4,17 +4,14 @@ import itertools
 import sys
 
 import numpy as np
-import torch
 from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
-import baselines
-import dataloader
-import events
-import metrics
-import projector
-import runs
-from events import EventLog
+import options as option_module
+from evaluation import baselines, evaluate, metrics
+from ratings import table
+from training import projector, run_folder, tensorboard
+from training.tensorboard import EventLog
 
 GUIDE = """`{command}`
 
@@ -58,24 +55,24 @@ def log_start(run, log):
     """Log what a run has once: what to look at, its options, how charts are laid out."""
     options, problem, ratings = run.options, run.problem, run.problem.ratings
     text = GUIDE.format(
-        command=runs.command_line(), n_train=len(problem.train), n_validation=len(problem.validation),
+        command=run_folder.command_line(), n_train=len(problem.train), n_validation=len(problem.validation),
         n_test=len(problem.test), n_items=len(ratings.item_ids), n_ratings=len(ratings.values), low=ratings.low,
         high=ratings.high, n_parameters=sum(p.numel() for p in run.system.parameters()),
         device=run.system.scale.device,
     )  # fmt: skip
     log.add(summary=summary.text("guide", text))
-    events.add_table(log, "options", sorted(vars(options).items()))
-    has = {events.ADAPTING: options.num_inner_steps > 0, events.WEIGHTS: options.use_adaptive_loss}
-    events.add_layout(log, left_out=[title for title, there in has.items() if not there])
-    chosen = {name: value for name, value in vars(options).items() if name not in runs.MAY_CHANGE}
+    tensorboard.add_table(log, "options", sorted(vars(options).items()))
+    has = {tensorboard.ADAPTING: options.num_inner_steps > 0, tensorboard.WEIGHTS: options.use_adaptive_loss}
+    tensorboard.add_layout(log, left_out=[title for title, there in has.items() if not there])
+    chosen = {name: value for name, value in vars(options).items() if name not in option_module.MAY_CHANGE}
     chosen["method"] = run.folder.name.rpartition("-")[2]
     name = f"{run.folder.parent.name}/{run.folder.name}"
-    events.add_session(log, name, chosen, first=("mode", "model", "method", "fold", "random_seed"))
+    tensorboard.add_session(log, name, chosen, first=("mode", "model", "method", "fold", "random_seed"))
 
 
 def close_log(run, log):
     """Log that the run has ended, and write the items of its best checkpoint for the projector."""
-    events.end_session(log)
+    tensorboard.end_session(log)
     log.flush()
     projector.write(run.folder, run.problem.ratings, run.options)
     best = run.loop["best_rmse"], run.loop["best_iteration"]
@@ -93,7 +90,7 @@ def log_validation(run, log, bar, scored):
     loop, iteration = run.loop, run.loop["iteration"]
     std, levels = run.problem.std, run.problem.ratings.levels
     errors = scored.prediction - scored.target
-    found = metrics.summary(errors**2, abs(errors), metrics.nearest_level(scored.target, levels))
+    found = metrics.summary(errors**2, abs(errors), table.nearest_level(scored.target, levels))
     figures = {f"validation/{name}": found[name] for name in ("rmse", "mae", "macro_rmse")}
     figures["validation/best_rmse"] = loop["best_rmse"]
     if loop["since"]:
@@ -141,21 +138,6 @@ def log_learned(run, log):
 def rating_weights(run, most_users=256):
     """Weights that the loss network gives to the support ratings of some validation users at each inner step (n, K),
     and the numbers of these ratings' levels (n,)."""
-    parts = support_weights(run.average, run.problem, run.problem.validation[:most_users])
+    parts = evaluate.support_weights(run.average, run.problem, run.problem.validation[:most_users])
     _, level, weights, times = map(np.concatenate, zip(*parts, strict=True))
     return weights.repeat(times, 0), level.repeat(times)
-
-
-@torch.no_grad()
-def support_weights(system, problem, users):
-    """Of users' support ratings, some users at a time: (place of the user in `users`, number of the rating's level,
-    weight at each inner step (n, K), how often the rating counts)."""
-    options, device = system.options, system.scale.device
-    at_once = options.task_chunk or max(1, dataloader.AT_ONCE // (options.num_samples * (options.max_seq_len - 1)))
-    for first in range(0, len(users), at_once):
-        tasks = dataloader.last_tasks(problem.sequences, users[first : first + at_once], options).to(device)
-        weights = system.explain(tasks)[1].movedim(1, -1)[tasks.support].cpu().numpy()
-        values = system.to_rating(tasks.ratings[tasks.support]).cpu().numpy()
-        user = first + tasks.support.nonzero()[:, 0].cpu().numpy()
-        times = tasks.times[tasks.support].cpu().numpy()
-        yield user, metrics.nearest_level(values, problem.ratings.levels), weights, times

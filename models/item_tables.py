@@ -10,7 +10,7 @@ import numpy as np
 from scipy import linalg, sparse
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-import factor_analysis
+from models import factor_analysis
 from models.learner import hidden_size
 from utils import UserError
 

@@ -19,12 +19,11 @@ import pyarrow.parquet
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import baselines
-import metrics
-import runs
-import testing
-import tracking
-import training
+import dataloader
+import options as option_module
+import utils
+from evaluation import baselines, evaluate, metrics
+from models import checkpoint
 from utils import UserError
 
 SHOTS = (1, 2, 3, 5, 10, 20, 29)  # support ratings of the cold-start curve, as far as max_seq_len allows
@@ -50,7 +49,9 @@ def path_of(folder, cell):
 
 def stored_options(cell, options):
     """The options that the cell's predictions depend on, as they are kept."""
-    return runs.as_stored({n: getattr(options, n) for n in SIMPLE_OPTIONS} if cell.learner == "simple" else options)
+    return option_module.as_stored(
+        {n: getattr(options, n) for n in SIMPLE_OPTIONS} if cell.learner == "simple" else options
+    )
 
 
 def read_about(path):
@@ -67,7 +68,7 @@ def is_finished(path, cell, options, fingerprint):
     if about is None or about["fingerprint"] != fingerprint:
         return False
     try:
-        runs.check_resume(about["options"], stored_options(cell, options), may_grow=())
+        option_module.check_resume(about["options"], stored_options(cell, options), may_grow=())
     except UserError:
         return False
     return True
@@ -95,7 +96,7 @@ def write(path, cell, options, problem, columns, about):
     }
     sink = pyarrow.BufferOutputStream()
     frame.to_parquet(sink, index=False)
-    runs.write_atomic(path, sink.getvalue().to_pybytes())
+    utils.write_atomic(path, sink.getvalue().to_pybytes())
 
 
 def balance_scores(problem, options):
@@ -143,10 +144,10 @@ def shots_of(options):
 
 def score_run(path, cell, options, folder):
     """Score the best checkpoint of a run's folder on its test users, at every support size."""
-    system, _, problem, _ = testing.load_system(runs.checkpoint_path(folder), options)
+    system, _, problem, _ = evaluate.load_system(checkpoint.checkpoint_path(folder), options)
     parts = []
     for shots in shots_of(options):
-        scored = training.evaluate(system, problem, problem.test, shots)
+        scored = evaluate.evaluate(system, problem, problem.test, shots)
         columns = {name: getattr(scored, name) for name in ("user", "item", "target", "prediction", "support")}
         parts.append(pd.DataFrame({**columns, "shots": shots, "method": cell.method}))
     about = {"curve": validation_curve(folder)}
@@ -177,7 +178,7 @@ def learned_weights(system, problem):
     score = balance_scores(problem, system.options)
     groups = {"imbalanced": score <= np.quantile(score, 1 / 3), "balanced": score >= np.quantile(score, 2 / 3)}
     total, count = np.zeros((2, len(users), len(ratings.levels)))
-    for user, level, weights, times in tracking.support_weights(system, problem, users):
+    for user, level, weights, times in evaluate.support_weights(system, problem, users):
         at = user, level
         np.add.at(total, at, weights.mean(1) * times)
         np.add.at(count, at, times)
@@ -194,7 +195,7 @@ def mean_or_none(total, count):
 
 def score_simple(path, cell, options):
     """Fit the simple predictors and score them on the same targets; LensKit's, too, where it is installed."""
-    problem = training.load_problem(options)
+    problem = dataloader.load_problem(options)
     ratings, users, shots = problem.ratings, problem.test, shots_of(options)
     fitting = ratings, problem.train, problem.validation, users, options.max_seq_len
     found, chosen = baselines.score_baselines(*fitting, shots=shots[1:])

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-import metrics
-import runs
-from report import METHODS, at_full_support, groups_of, learner_name, per_target, select
+import utils
+from evaluation import metrics
+from evaluation.tables import METHODS, at_full_support, groups_of, learner_name, per_target, select
 
 # colours of Okabe and Ito
 LOOK = {
@@ -87,7 +87,7 @@ def save(folder, name, figure):
         if figure is not None:
             data = io.BytesIO()
             figure.savefig(data, format=kind, dpi=200, metadata=metadata, bbox_inches="tight")
-            runs.write_atomic(folder / f"{name}.{kind}", data.getvalue())
+            utils.write_atomic(folder / f"{name}.{kind}", data.getvalue())
 
 
 def grid(names, x_label, y_label):

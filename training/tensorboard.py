@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summ
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-import runs
+import utils
 
 # What each scalar is, for the reader of its chart.
 SCALARS = {
@@ -96,7 +96,7 @@ class EventLog:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise runs.cannot_write(self.path, error) from error
+            raise utils.cannot_write(self.path, error) from error
         self.pending = io.BytesIO()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from metrics import prediction_errors
+from evaluation.metrics import prediction_errors
 from utils import UserError, random_stream
 
 ITEM_DAMPING = (2.0, 5.0, 10.0, 20.0)

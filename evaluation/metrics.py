@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ratings import table
 from utils import UserError
 
 NORMAL_95 = 1.959964  # two-sided 95 % point of the normal distribution
@@ -76,11 +77,6 @@ def stratified_mean(values, level, shares):
     return float(means.mean()), float(np.sqrt(np.sum(errors**2)) / len(means))
 
 
-def nearest_level(values, levels):
-    """Index of the rating level nearest to each of `values`, of any shape; the lower one in a tie."""
-    return np.searchsorted((levels[1:] + levels[:-1]) / 2, values)
-
-
 def balance(histogram):
     """Entropy of rating histograms (..., n_levels) over its maximum, ln(n_levels): (...).
 
@@ -93,7 +89,7 @@ def balance(histogram):
 
 def balance_score(values, mask, levels):
     """`balance` of each user's ratings: (T,) from (T, S)."""
-    at_level = (nearest_level(values, levels)[..., None] == np.arange(len(levels))) & mask[..., None]
+    at_level = (table.nearest_level(values, levels)[..., None] == np.arange(len(levels))) & mask[..., None]
     return balance(at_level.sum(1))
 
 
@@ -105,7 +101,7 @@ def balance_group(score, n_groups=5):
 def score(target, prediction, low, high, levels):
     """`summary` of one method's predictions (n,) of the targets (n,) on the scale [low, high]."""
     errors = prediction_errors(target, prediction, low, high)
-    return summary(errors**2, abs(errors), nearest_level(target, levels))
+    return summary(errors**2, abs(errors), table.nearest_level(target, levels))
 
 
 def summary(squared, absolute, level):

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import metrics
 import options as option_module
-import runs
-from recommender import LOCAL
+import utils
+from evaluation import metrics
+from serving.recommender import LOCAL
 
 CARD = """# {name}
 
@@ -67,7 +67,7 @@ def export(recommender, path, run):
             f"| {name} | {value} |" for name, value in sorted(recommender.state["options"].items()) if name not in LOCAL
         ),
     )
-    runs.write_atomic(path.with_suffix(".md"), text.encode())
+    utils.write_atomic(path.with_suffix(".md"), text.encode())
 
 
 def figures(run, step):

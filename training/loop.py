@@ -16,115 +16,18 @@ import numpy as np
 import torch
 
 import dataloader
-import datasets
-import item_tables
 import maml
-import metrics
-import processes
-import runs
-import tracking
+import options as option_module
+import utils
+from evaluation import evaluate, metrics
+from models import checkpoint
 from models.learner import TABLES
-from optimizer import RowAdamW, clear, clip, lay_end_to_end
+from training import distributed, progress, run_folder
+from training.optimizer import RowAdamW, clear, clip, lay_end_to_end
 from utils import UserError
-
-
-class Problem(NamedTuple):
-    """The ratings, who is trained, validated and tested on, and the training ratings' mean and deviation."""
-
-    ratings: datasets.Ratings
-    sequences: dataloader.Sequences
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-    mean: float
-    std: float
-
-
-def load_problem(options):
-    """Read the ratings and split their users; users without any support rating are left out."""
-    with processes.one_by_machine():  # the others map its cache into memory
-        ratings = datasets.load_ratings(options)
-    train, validation, test = dataloader.split_users(len(ratings.user_ids), options)
-    sequences, mean, std = dataloader.standardise(ratings, train, options.balance)
-    usable = [dataloader.usable_users(sequences, users) for users in (train, validation, test)]
-    if not all(len(users) for users in usable):
-        raise UserError("the split leaves no users to train, validate or test on; lower --num_test_data or the filters")
-    return Problem(ratings, sequences, *usable, mean, std)
-
-
-def build_system(problem, options, fresh=True):
-    """A `maml.Ensemble`; a fresh one's item tables start from the training users with --init_items=factors.
-
-    In processes other than 0 its values count for nothing: `copy_first` overwrites them.
-    """
-    ratings, n_items, starts, counts = problem.ratings, len(problem.ratings.item_ids), None, None
-    fittings = [(problem.sequences, problem.train, n_items, own) for own in maml.member_options(options)]
-    fit_items = fresh and options.head == "joint" and options.init_items == "factors"
-    if fit_items and processes.is_first():
-        starts = [item_tables.fit(*fitting) for fitting in fittings]
-        of_train = np.repeat(np.isin(np.arange(len(ratings.user_ids)), problem.train), np.diff(ratings.offsets))
-        counts = torch.from_numpy(np.bincount(ratings.items[of_train], minlength=n_items)).float()
-    scale = (problem.mean, problem.std, ratings.low, ratings.high)
-    system = maml.Ensemble(n_items, options, scale, counts, starts)
-    if fit_items and options.cross_fit:
-        for number, (member, fitting) in enumerate(zip(system.members, fittings, strict=True)):
-            tables = {name: table[1:] for name, table in member.learner.tables().items()}
-            nothing = {name: table.new_zeros(options.cross_fit + 1, *table.shape) for name, table in tables.items()}
-            member.learner.shift_items(item_tables.fit_apart(*fitting, starts[number]) if starts else nothing)
-    return system
-
-
-def load_parameters(system, state, source):
-    """Load a state dictionary; UserError where it is not of this model and these sizes."""
-    try:
-        system.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{source} does not fit its own options (other names or sizes): use another checkpoint"
-        ) from error
-
 
 # -----------------------------------------------------------------------------
 # evaluation
-
-
-class Scored(NamedTuple):
-    """Predictions of users' targets, all of shape (n,)."""
-
-    user: np.ndarray  # user numbers
-    item: np.ndarray  # item numbers of the targets
-    support: np.ndarray  # number of support ratings
-    target: np.ndarray  # the ratings
-    prediction: np.ndarray  # on the data's scale, clipped to it
-    unadapted: np.ndarray  # the same before the first inner step
-
-
-@torch.no_grad()
-def predict(system, tasks):
-    """Predicted ratings (T, K + 1) of each task's single query after 0..K inner steps, float64 on the data's scale."""
-    found = np.empty((len(tasks.table), system.options.num_inner_steps + 1))
-    for numbers, part in dataloader.by_size(tasks, system.options.task_chunk, system.scale.is_cuda, dataloader.AT_ONCE):
-        found[numbers] = system.to_rating(system(part.to(system.scale.device))[..., 0]).cpu().numpy()
-    return found
-
-
-def evaluate(system, problem, users, shots=None, num_targets=1):
-    """`Scored` for the last rating of each user, or the last `num_targets`, each with the ratings before it as support.
-
-    `shots` limits the support to the most recent ratings.
-    """
-    sequences, parts = problem.sequences, []
-    for back in range(num_targets):
-        users = users[sequences.offsets[users + 1] - sequences.offsets[users] > back + 1]
-        if back and not len(users):
-            break
-        tasks = dataloader.last_tasks(sequences, users, system.options, shots, back)
-        at = sequences.offsets[users + 1] - 1 - back
-        predictions = predict(system, tasks)
-        target = problem.ratings.values[at].astype(np.float64)
-        support = tasks.query_last.numpy() + 1
-        parts.append((users, problem.ratings.items[at], support, target, predictions[:, -1], predictions[:, 0]))
-    return Scored(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 # -----------------------------------------------------------------------------
@@ -212,7 +115,7 @@ def train_step(system, optimizer, batch, options, iteration, meanwhile=lambda: N
         mean = torch.stack(predictions).mean(0)
         total[:-1] += maml.query_losses(mean, part).sum(0) / batch.count
         total[-1] += maml.query_losses(mean[:, -1:], part, torch.abs).sum() / batch.count
-    if processes.count() > 1:
+    if distributed.count() > 1:
         total = sum_over_processes(system, parameters, batch, total, meanwhile)
     else:
         meanwhile()
@@ -255,10 +158,10 @@ def own_share(sequences, drawn, options):
 
     With --task_chunk the groups are the same for one process as for several that have one each, to the last bit.
     """
-    total, count = len(drawn.start), processes.count()
+    total, count = len(drawn.start), distributed.count()
     least = -(-total // options.task_chunk) if options.task_chunk else 1
     groups = dataloader.deal(drawn, -(-least // count) * count, options)
-    own = [numbers for numbers in groups[slice(*processes.share(len(groups)))] if len(numbers)]
+    own = [numbers for numbers in groups[slice(*distributed.share(len(groups)))] if len(numbers)]
     tasks = [dataloader.build_tasks(sequences, dataloader.take(drawn, numbers), options) for numbers in own]
     sums_rows = options.sparse_items and count > 1
     rows = torch.from_numpy(dataloader.items_of(sequences, drawn)) if sums_rows else None
@@ -277,7 +180,7 @@ def sum_over_processes(system, parameters, batch, figures, meanwhile):
     learners = [member.learner for member in system.members] if system.options.sparse_items else []
     tables = [table for learner in learners for table in learner.tables().values()]
     rows = batch.rows.to(figures.device) if tables else None
-    return processes.sum_gradients(parameters, tables, rows, figures, meanwhile)
+    return distributed.sum_gradients(parameters, tables, rows, figures, meanwhile)
 
 
 def divergence(options, iteration, before, after, norm):
@@ -295,36 +198,12 @@ def likely_cause(options, before):
     return "--inner_lr" if math.isfinite(before) else "--outer_lr"
 
 
-@contextlib.contextmanager
-def naming_what_to_lower(options):
-    """Turn want of memory into a UserError that names the option to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        chunk = options.task_chunk or min(options.batch_size, 16)  # fewer than fit at once by themselves
-        if isinstance(error, MemoryError):  # from numpy, which draws all tasks of a batch at once
-            remedy = f"lower --batch_size, which is {options.batch_size}"
-        elif chunk > 1:
-            remedy = f"give --task_chunk={chunk // 2}, which changes no more than last digits"
-        else:
-            remedy = f"lower --num_samples, which is {options.num_samples}, or --max_seq_len"
-        raise UserError(f"out of memory: {remedy}; a checkpoint goes on with --resume") from error
-
-
-def is_out_of_memory(error):
-    """Whether an error is torch's (GPU or CPU), Python's or NumPy's for want of memory."""
-    signs = "not enough memory", "can't allocate memory", "bad_alloc", "could not create a primitive"  # oneDNN's words
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
-
-
 class Run(NamedTuple):
     """What the loop works on: constant through a run, but for what `loop` holds."""
 
     system: maml.Ensemble  # what is trained
     average: maml.Ensemble  # with the running mean of its weights, see `RowAdamW`: what is validated and tested
-    problem: Problem
+    problem: dataloader.Problem
     options: object
     folder: Path
     optimizer: RowAdamW  # which moves both
@@ -347,11 +226,11 @@ def fit(system, problem, options, folder):
     needs: parameters, optimizer, loop state, id maps, options.
     """
     run = new_run(system, problem, options, folder)
-    processes.connect(system.scale.device)
+    distributed.connect(system.scale.device)
     check_alike(run)
-    lock = runs.lock_folder(folder) if processes.is_first() else contextlib.nullcontext()
-    with lock, runs.Interruption() as stop, naming_what_to_lower(options):
-        if processes.is_first():
+    lock = run_folder.lock_folder(folder) if distributed.is_first() else contextlib.nullcontext()
+    with lock, run_folder.Interruption() as stop, utils.naming_what_to_lower(options):
+        if distributed.is_first():
             start(run)
         copy_first(run)
         try:
@@ -359,10 +238,10 @@ def fit(system, problem, options, folder):
         except FloatingPointError as error:
             with contextlib.suppress(FloatingPointError):
                 save(run)
-            processes.barrier()
+            distributed.barrier()
             print(f"error: {error}", file=sys.stderr)
             return 3
-        processes.barrier()  # torchrun ends all when one has ended
+        distributed.barrier()  # torchrun ends all when one has ended
     if run.loop["skipped"]:
         print(f"left out {run.loop['skipped']} iterations that were not finite", file=sys.stderr)
     if stop.requested:
@@ -374,7 +253,7 @@ def fit(system, problem, options, folder):
 
 def iterate(run, stop):
     """Train until the last iteration or a signal; validate and save on the way."""
-    log, bar = tracking.open_log(run) if processes.is_first() else None, tracking.progress(run)
+    log, bar = progress.open_log(run) if distributed.is_first() else None, progress.progress(run)
     batch = draw_tasks(run)
     clock = time.monotonic() - run.loop["seconds"]
     begun, saved = run.loop["iteration"], time.monotonic()
@@ -382,7 +261,7 @@ def iterate(run, stop):
         iteration = run.loop["iteration"]
         last = iteration >= run.options.num_train_iterations
         run.loop["seconds"] = time.monotonic() - clock
-        stop.agreed, due = processes.largest(stop.signal, iteration > begun and is_save_due(run, saved))
+        stop.agreed, due = distributed.largest(stop.signal, iteration > begun and is_save_due(run, saved))
         if run.loop["validated"] != iteration and (last or iteration % run.options.log_interval == 0):
             validate(run, log, bar)
         if last or stop.requested or due:
@@ -393,8 +272,8 @@ def iterate(run, stop):
         batch = train_iteration(run, batch)
         bar.update()
     bar.close()
-    if last and processes.is_first():
-        tracking.close_log(run, log)
+    if last and distributed.is_first():
+        progress.close_log(run, log)
 
 
 def is_save_due(run, saved):
@@ -419,33 +298,20 @@ def new_loop():
     }
 
 
-# What a checkpoint holds beside its step; see `save`.
-STATE = {
-    "system": dict,
-    "last": dict,
-    "optimizer": dict,
-    "loop": dict,
-    "options": dict,
-    "fingerprint": str,
-    "item_ids": list,
-    "levels": list,
-}
-
-
 def start(run):
     """Begin in an empty folder, or with --resume go on from its newest whole checkpoint."""
-    state = runs.load_newest(run.folder, STATE) if run.options.resume else None
+    state = checkpoint.load_newest(run.folder, checkpoint.STATE) if run.options.resume else None
     if state is None:
-        runs.start_anew(run.folder, run.options.overwrite)
-        runs.write_config(run.folder, {"options": run.options, "fingerprint": run.problem.ratings.fingerprint})
+        run_folder.start_anew(run.folder, run.options.overwrite)
+        run_folder.write_config(run.folder, {"options": run.options, "fingerprint": run.problem.ratings.fingerprint})
         return
-    runs.check_fingerprint(state["fingerprint"], run.problem.ratings.fingerprint, run.folder)
-    runs.check_resume(state["options"], run.options)
-    config = runs.read_config(run.folder)
-    runs.warn_versions(config)
+    checkpoint.check_fingerprint(state["fingerprint"], run.problem.ratings.fingerprint, run.folder)
+    option_module.check_resume(state["options"], run.options)
+    config = run_folder.read_config(run.folder)
+    run_folder.warn_versions(config)
     restore(run, state)
     check_best(run)
-    runs.note_continuation(run.folder, config, run.loop["iteration"])
+    run_folder.note_continuation(run.folder, config, run.loop["iteration"])
 
 
 # What processes may be given differently: where things are on their machine, and what only process 0 does.
@@ -454,19 +320,19 @@ MAY_DIFFER = ("cache_dir", "data_path", "data_url", "log_dir", "overwrite", "pre
 
 def check_alike(run):
     """UserError where this process was given other options or ratings than process 0."""
-    mine = {name: value for name, value in runs.as_stored(run.options).items() if name not in MAY_DIFFER}
-    options, fingerprint = processes.from_first([mine, run.problem.ratings.fingerprint])
+    mine = {name: value for name, value in option_module.as_stored(run.options).items() if name not in MAY_DIFFER}
+    options, fingerprint = distributed.from_first([mine, run.problem.ratings.fingerprint])
     differ = [f"--{name}" for name in mine if mine[name] != options.get(name)]
     if fingerprint != run.problem.ratings.fingerprint:
         differ.append("the ratings")
     if differ:
-        raise UserError(f"process {processes.rank()} and process 0 differ in {', '.join(differ)}: start all alike")
+        raise UserError(f"process {distributed.rank()} and process 0 differ in {', '.join(differ)}: start all alike")
 
 
 def copy_first(run):
     """Give all processes the state that process 0 begins with."""
     moments = run.optimizer.state_dict()["state"]
-    loop, numbers = processes.from_first([run.loop, sorted(moments)])
+    loop, numbers = distributed.from_first([run.loop, sorted(moments)])
     run.loop.update(loop)
     pairs = [(group, p) for group in run.optimizer.param_groups for p in group["params"]]
     for number in numbers:
@@ -475,7 +341,7 @@ def copy_first(run):
     moments = run.optimizer.state_dict()["state"]
     tensors = [tensor for number in numbers for _, tensor in sorted(moments[number].items())]
     whole = [*run.system.buffers(), *run.system.parameters(), *run.average.state_dict().values()]
-    processes.copy_first([*whole, *tensors])
+    distributed.copy_first([*whole, *tensors])
 
 
 def restore(run, state):
@@ -485,8 +351,8 @@ def restore(run, state):
         raise UserError(
             f"the loop state of the checkpoint in {run.folder} is damaged: train again in another --log_dir"
         )
-    load_parameters(run.system, state["last"], run.folder)
-    load_parameters(run.average, state["system"], run.folder)
+    maml.load_parameters(run.system, state["last"], run.folder)
+    maml.load_parameters(run.average, state["system"], run.folder)
     load_moments(run.optimizer, state["optimizer"], run.folder)
     run.loop.update(loop)
     set_rates(run.optimizer, run.options, loop["iteration"] - 1)
@@ -494,7 +360,7 @@ def restore(run, state):
 
 def is_sound(loop, fresh, step):
     """Whether a loop state can be that of iteration `step`; `fresh` is one that begins."""
-    if runs.wrong_entry(loop, {name: type(value) for name, value in fresh.items()}) or loop["iteration"] != step:
+    if checkpoint.wrong_entry(loop, {name: type(value) for name, value in fresh.items()}) or loop["iteration"] != step:
         return False
     counts = loop["validated"] + 1, loop["since"], loop["skipped"], loop["best_iteration"]
     sums = [type(total) is float and total >= 0 for total in loop["sums"]]
@@ -526,7 +392,7 @@ def check_best(run):
     if loop["best_rmse"] == math.inf:
         return
     with contextlib.suppress(UserError):
-        if runs.load_checkpoint(run.folder / "checkpoints" / "best.pt")["step"] == loop["best_iteration"]:
+        if checkpoint.load_checkpoint(run.folder / "checkpoints" / "best.pt")["step"] == loop["best_iteration"]:
             return
     print(f"warning: the best checkpoint in {run.folder} is lost: from here on another is chosen", file=sys.stderr)
     loop["best_rmse"] = math.inf
@@ -540,22 +406,22 @@ def save(run, best=False):
             f"iteration {iteration}: the last step made parameters that are not finite: train again with a lower "
             f"{likely_cause(run.options, math.inf)}"
         )
-    if not processes.is_first():
+    if not distributed.is_first():
         return
     state = {
         "system": average_state(run),
         "last": run.system.state_dict(),
         "optimizer": run.optimizer.state_dict()["state"],
         "loop": run.loop,
-        "options": runs.as_stored(run.options),
+        "options": option_module.as_stored(run.options),
         "fingerprint": ratings.fingerprint,
         "item_ids": ratings.item_ids.tolist(),
         "levels": ratings.levels.tolist(),
     }
     if best:
-        runs.save_best(run.folder, iteration, state)
+        checkpoint.save_best(run.folder, iteration, state)
     else:
-        runs.save_checkpoint(run.folder, iteration, state, run.options.keep_checkpoints)
+        checkpoint.save_checkpoint(run.folder, iteration, state, run.options.keep_checkpoints)
 
 
 def average_state(run):
@@ -613,8 +479,8 @@ def validate(run, log, bar):
     loop["validated"] = loop["iteration"]
     if better := error < loop["best_rmse"]:
         loop["best_rmse"], loop["best_iteration"] = error, loop["iteration"]
-    if processes.is_first():
-        tracking.log_validation(run, log, bar, scored)
+    if distributed.is_first():
+        progress.log_validation(run, log, bar, scored)
     loop["sums"], loop["since"] = new_loop()["sums"], 0
     if better:
         save(run, best=True)
@@ -623,9 +489,30 @@ def validate(run, log, bar):
 def score_validation(run):
     """`Scored` of the validation users; where there are many, each process adapts to a share of them."""
     users = run.problem.validation[: run.options.val_size]
-    shared = processes.count() > 1 and len(users) >= LEAST_SHARE * processes.count()
-    first, end = processes.share(len(users)) if shared else (0, len(users))
-    scored = evaluate(run.average, run.problem, users[first:end], num_targets=run.options.val_targets)
+    shared = distributed.count() > 1 and len(users) >= LEAST_SHARE * distributed.count()
+    first, end = distributed.share(len(users)) if shared else (0, len(users))
+    scored = evaluate.evaluate(run.average, run.problem, users[first:end], num_targets=run.options.val_targets)
     if not shared:
         return scored
-    return Scored(*(np.concatenate(column) for column in zip(*processes.from_all(tuple(scored)), strict=True)))
+    return evaluate.Scored(
+        *(np.concatenate(column) for column in zip(*distributed.from_all(tuple(scored)), strict=True))
+    )
+
+
+def load_pretrained(system, problem, options):
+    """Start a system's learner from the best checkpoint of pretrain.py: all weights, or the item tables alone.
+
+    UserError where that was trained on other data, other users or with other sizes.
+    """
+    folder = checkpoint.run_folder(options.pretrain_log_dir, options.mode, options.model, "basic")
+    path = checkpoint.checkpoint_path(folder)
+    basic, stored, _, _ = evaluate.load_system(path, options, problem)
+    for name in ("random_seed", "fold", "num_folds", "num_test_data"):
+        if getattr(stored, name) != getattr(options, name):
+            raise UserError(f"{path} was trained with another --{name}, so it has seen test users: pretrain anew")
+    try:
+        for member, pretrained in zip(system.members, basic.members, strict=True):
+            weights = pretrained.learner.state_dict() if options.load_pretrained else pretrained.learner.tables()
+            member.learner.load_state_dict(weights, strict=options.load_pretrained)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} has other sizes than this learner: pretrain with the same model options") from error

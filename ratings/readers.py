@@ -26,7 +26,7 @@ from pyarrow import csv as arrow_csv
 from pyarrow import json as arrow_json
 from tqdm import tqdm
 
-from layouts import NOT_UTF8, check_mode, check_options, choose_columns, parse_json, recognise, shown
+from ratings.formats import NOT_UTF8, check_mode, check_options, choose_columns, parse_json, recognise, shown
 from utils import UserError
 
 BLOCK = 1 << 25  # bytes of text parsed at a time

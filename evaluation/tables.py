@@ -11,8 +11,9 @@ import textwrap
 import numpy as np
 import pandas as pd
 
-import metrics
-import runs
+import utils
+from evaluation import metrics
+from ratings import table
 from utils import UserError
 
 LEARNERS = {"simple": "simple", "bert4rec": "BERT4Rec", "narm": "NARM", "sasrec": "SASRec", "gru4rec": "GRU4Rec"}
@@ -34,9 +35,9 @@ def write(folder, cells, rows, about):
     text = [f"# {next(iter(about.values()))['mode']}", "", markdown(*figure_table(figures)), ""]
     text += ["Differences of two methods on the same targets; below zero, the first is better.", ""]
     text += [markdown(*difference_table(differences)), "", *notes(rows, about, cells), ""]
-    runs.write_atomic(folder / "table.md", "\n".join(text).encode())
-    runs.write_atomic(folder / "table.csv", as_csv(*figure_csv(figures)))
-    runs.write_atomic(folder / "differences.csv", as_csv(*difference_csv(differences)))
+    utils.write_atomic(folder / "table.md", "\n".join(text).encode())
+    utils.write_atomic(folder / "table.csv", as_csv(*figure_csv(figures)))
+    utils.write_atomic(folder / "differences.csv", as_csv(*difference_csv(differences)))
     return for_terminal(figures, differences, notes(rows, about, cells))
 
 
@@ -57,7 +58,7 @@ def load(paths):
     rows = pd.concat(frames.values(), ignore_index=True)
     known = next(iter(about.values()))
     errors = metrics.prediction_errors(rows.target, rows.prediction, *known["scale"])
-    level = metrics.nearest_level(rows.target, np.array(known["levels"]))
+    level = table.nearest_level(rows.target, np.array(known["levels"]))
     return rows.assign(squared=errors**2, absolute=abs(errors), level=level), about
 
 
