@@ -1,30 +1,32 @@
 """Train methods x learners x folds x seeds side by side, score all on the same targets, write tables and pictures.
 
+    python compare.py --demo                                        # the bundled sample: minutes on 2 cores
     python compare.py --output results/ml-1m --models bert4rec narm sasrec gru4rec --folds 0
     python compare.py --output results/ml-1m --models bert4rec --paper_models bert4rec --folds 0 1 2 3 4 5
     python compare.py --output results/amazon --mode=amazon --data_path=Data/amazon/grocery_ratings.csv
     python compare.py --output results/ml-1m --report_only          # the tables again, from the kept predictions
-    python compare.py --demo                                        # the bundled sample: minutes on 2 cores
+    python compare.py --export_targets targets --folds 0 --mode=ml-1m     # the targets as CSV, for other programs
+    python compare.py --output results/ml-1m --external mine=mine.csv     # their predictions as a row of the tables
 
 Any option of main.py may be given too and reaches every run. The same command again goes on where the last one
-stopped: finished runs are not repeated, interrupted ones continue from their checkpoint. With more iterations
-than before a run begins anew; with other options it is refused.
+stopped: finished runs are not repeated, interrupted ones continue from their checkpoint. A run that is to have more
+iterations than before starts again; one with other options is refused.
 
     <output>/runs/fold0-seed222/            what main.py and pretrain.py wrote; fold0-seed222-paper: --paper_form=True
     <output>/predictions/*.parquet          every prediction, and what is known of the run that made it
     <output>/table.md, *.csv, *.png, *.svg  made from the predictions alone
 """
 
+import argparse
+import contextlib
 import os
-import queue
+import re
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
-from threading import Event, Lock
 from typing import NamedTuple
 
 import torch
@@ -32,16 +34,15 @@ from tqdm import tqdm
 
 import dataloader
 import options as option_module
-import pretrain
 import utils
-from evaluation import figures, predictions, tables
+from evaluation import external, figures, predictions, results, tables
 from evaluation.predictions import Cell
 from models import checkpoint
+from options import LEARNERS
 from ratings import cache
-from utils import UserError, run_script
+from utils import UserError, run_script, say
 
 ROOT = Path(__file__).parent
-LEARNERS = ("bert4rec", "narm", "sasrec", "gru4rec")
 METHODS = {
     "basic": (),
     "fomaml": ("--use_multi_step=False", "--use_adaptive_loss=False"),
@@ -49,50 +50,86 @@ METHODS = {
     "melo": (),
 }
 PAPER_METHODS = ("basic", "maml", "melo")
-SET_HERE = ("model", "fold", "random_seed", "paper_form", "log_dir", "pretrain_log_dir", "test", "resume", "overwrite")
+SET_HERE = {"model", "fold", "random_seed", "paper_form", "log_dir", "pretrain_log_dir", "test", "resume", "overwrite"}
 DEMO = ("--output=log/demo", "--mode=sample", "--models=bert4rec", "--methods", "basic", "maml", "melo")
-DEMO += ("--folds", "0", "1", "--num_train_iterations=400", "--log_interval=100")
+DEMO += ("--folds", "0", "1", "--num_train_iterations=400", "--log_interval=50")
+NEXT = """Next:
+  {bin}/tensorboard --logdir log/demo
+      the learning curves, in a browser
+  {bin}/python -m examples.serve --run=log/demo/runs/fold0-seed222/sample-bert4rec-melo
+      the trained model, in a browser: rate items and see what it recommends (the sample has no titles)
+  {bin}/python main.py
+      train on MovieLens-1M (downloaded: 6 MB)"""
+# A run gets a pipe as standard input, which closes when this process ends, however it does; the run then stops.
+CHILD = """import os, runpy, signal, sys, threading
+def watch():
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=watch, daemon=True).start()
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 # -----------------------------------------------------------------------------
-# what is asked for
+# options
 
 
 def parse(argv):
-    """The options of this script; those for every run are left in `rest`."""
-    parser = option_module.Parser(
-        usage="compare.py [options below and of main.py]", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    """The options of this script; those for every run are left in `rest`, as words."""
+    parser = option_module.Parser(__doc__, usage="compare.py [options below and of main.py]")
     add, count = parser.add_argument, option_module.count
-    add("--output", type=Path, default=Path("results"), help="where runs and tables are kept (default: %(default)s)")
+    add("--output", type=option_module.folder, default=Path("results"), help="where runs and tables are kept")
     add("--models", nargs="*", default=LEARNERS, choices=LEARNERS, help="learners (default: all)")
     add("--methods", nargs="*", default=tuple(METHODS), choices=METHODS, help="methods (default: all)")
     add("--paper_models", nargs="*", default=(), choices=LEARNERS, help="learners with --paper_form=True")
     add("--paper_methods", nargs="*", default=PAPER_METHODS, choices=METHODS, help="their methods")
     add("--folds", nargs="+", default=[0], type=count(-1), help="test users; -1: --num_test_data users (default: 0)")
-    add(
-        "--seeds",
-        nargs="+",
-        default=[222],
-        type=count(0),
-        help="values of --random_seed, which deals the folds too (default: 222)",
-    )
-    add("--jobs", type=count(), help="runs side by side (default: one per GPU, or cores / threads)")
-    add("--threads", type=count(), default=1, help="CPU threads of a run; changes last digits (default: 1)")
-    add("--report", type=Path, help="folder of tables and pictures (default: that of --output)")
+    text = "values of --random_seed, which also draws the folds (default: 222)"
+    add("--seeds", nargs="+", default=[222], type=count(0, 2**32 - 2), help=text)
+    add("--jobs", type=count(1, 1000), help="runs side by side (default: one per GPU, or cores / threads)")
+    add("--threads", type=count(1, 1000), help="CPU threads of a run; changes last digits (default: 1)")
+    add("--report", type=option_module.folder, help="folder of tables and pictures (default: that of --output)")
     add("--report_only", action="store_true", help="tables from the kept predictions, without training")
+    text = "another program's predictions as a row: a CSV file of user, item, prediction (and task, fold, seed)"
+    add("--external", nargs="+", default=[], type=named_file, metavar="NAME=FILE", help=text)
+    text = "write training ratings, supports and targets of --folds and --seeds as CSV files, and do nothing else"
+    add("--export_targets", type=option_module.folder, metavar="DIR", help=text)
     add("--demo", action="store_true", help="a small comparison on the bundled sample, kept in log/demo")
     args, rest = parser.parse_known_args([*DEMO, *argv] if "--demo" in argv else argv)
     args.rest = [word for word in rest if word != "--"]
-    for word in args.rest:
-        if (name := word.split("=")[0].removeprefix("--")) in SET_HERE:
-            raise UserError(f"--{name} is for compare.py to set: use --models, --methods, --folds, --seeds, --output")
-    args.report = args.report or args.output
+    check(args, option_module.given(args.rest).keys())
+    args.report, args.threads = args.report or args.output, args.threads or 1
     return args
 
 
+def named_file(text):
+    """NAME=FILE as a pair."""
+    name, _, path = text.partition("=")
+    if not (name and path and name.isprintable()) or "|" in name or len(name) > 24:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not NAME=FILE with a name of at most 24 characters")
+    if name in tables.ROWS:
+        raise argparse.ArgumentTypeError(f"{name} is a row already; choose another name")
+    return name, option_module.folder(path)
+
+
+def check(args, given):
+    """UserError for options that this script sets itself or does not use."""
+    if wrong := sorted(given & SET_HERE):
+        raise UserError(f"--{wrong[0]} is for compare.py to set: use --models, --methods, --folds, --seeds, --output")
+    if args.report_only:
+        unused = sorted(given) + [name for name in ("jobs", "threads", "export_targets") if getattr(args, name)]
+        if unused and not args.demo:
+            raise UserError(f"--report_only reads kept predictions: leave out {', '.join(f'--{n}' for n in unused)}")
+    if len(dict(args.external)) < len(args.external):
+        raise UserError("--external has two files of one name: give each a name of its own")
+    if args.external and args.export_targets:
+        raise UserError("--export_targets makes no table: leave out --external")
+
+
 def list_cells(args):
-    """All cells asked for, in an order that does not depend on that of the command line."""
+    """All cells that the options name; their order does not depend on that of the command line."""
     forms = (False, args.models, args.methods), (True, args.paper_models, args.paper_methods)
     kinds = [("simple", "simple", False)]
     for paper, models, methods in forms:
@@ -120,66 +157,43 @@ def read_options(args, cell):
 
 
 # -----------------------------------------------------------------------------
-# running, side by side
+# one run
 
 
-class Work(NamedTuple):
-    """What the threads that run cells share."""
+class Run(NamedTuple):
+    """A cell's script that is running."""
 
-    args: object
-    options: dict  # of each cell
-    slots: queue.Queue  # environment variables of each place where a run can be
-    running: dict  # cells at work, each with its process or None
-    scoring: Lock  # one scores at a time: memory, and the GPU
-    stop: Event
+    process: subprocess.Popen
+    folder: Path
+    slot: dict  # the environment variables that give it its GPU
 
 
-def run_cell(work, cell):
-    """Train and score one cell; None, or a line that says why it failed."""
-    slot = work.slots.get()
-    work.running[cell] = None
-    options, path = work.options[cell], predictions.path_of(work.args.output / "predictions", cell)
-    try:
-        if work.stop.is_set():
-            return "not started"
-        if cell.learner == "simple":
-            return predictions.score_simple(path, cell, options)
-        folder = checkpoint.run_folder(options.log_dir, options.mode, cell.learner, cell.method)
-        if error := train(work, cell, folder, slot):
-            return error
-        with work.scoring, utils.naming_what_to_lower(options):
-            return predictions.score_run(path, cell, options, folder)
-    except UserError as error:
-        return str(error)
-    except Exception as error:  # must cost neither the other cells nor the tables
-        tqdm.write(traceback.format_exc(), file=sys.stderr)
-        words, _, _ = str(error).partition("\n")
-        return f"unexpected {type(error).__name__}: {words}"
-    finally:
-        del work.running[cell]
-        work.slots.put(slot)
-
-
-def train(work, cell, folder, slot):
-    """Run the cell's script to its end, going on from a checkpoint if it can; None, or its last words."""
-    script, words = command(work.args, cell)
-    anew = work.args.demo or is_to_grow(folder, work.options[cell])
-    if anew and not work.args.demo:
-        tqdm.write(f"{shown(cell)}: begun anew, to have more iterations", file=sys.stderr)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(work.args.threads), **slot}
-    make_folder(folder)
+def start(args, cell, options, slot):
+    """Start the cell's script, from its checkpoint if it can: a `Run`."""
+    script, words = command(args, cell)
+    folder = checkpoint.run_folder(options.log_dir, options.mode, cell.learner, cell.method)
+    again = args.demo or is_to_grow(folder, options)
+    if again and not args.demo:
+        say(f"{shown(cell)}: starts again, to have more iterations")
+    utils.make_folder(folder, parents=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), **slot}
     with open(folder / "output.txt", "w") as output, open(folder / "errors.txt", "w") as errors:
         process = subprocess.Popen(
-            [sys.executable, ROOT / script, *words, "--overwrite" if anew else "--resume"],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment,
+            [sys.executable, "-c", CHILD, ROOT / script, *words, "--overwrite" if again else "--resume"],
+            stdin=subprocess.PIPE, stdout=output, stderr=errors, env=environment,
         )  # fmt: skip
-        work.running[cell] = process
-        if work.stop.is_set():  # only now, when those at work have been stopped already
-            process.terminate()
-        status = process.wait()
-    lines = (folder / "errors.txt").read_text(errors="replace").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
-    return last.removeprefix("error: ") if status else None
+    return Run(process, folder, slot)
+
+
+def finish(args, cell, options, run):
+    """Score what a cell's script trained; UserError with its last words where it failed."""
+    run.process.stdin.close()
+    if status := run.process.returncode:
+        lines = (run.folder / "errors.txt").read_text(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
+        raise UserError(last.removeprefix("error: "))
+    with utils.naming_what_to_lower(options):
+        predictions.score_run(path_of(args, cell), cell, options, run.folder)
 
 
 def is_to_grow(folder, options):
@@ -190,68 +204,113 @@ def is_to_grow(folder, options):
     state = checkpoint.load_newest(folder, {"options": dict})
     if state is None:
         return False
+    kept, wanted = state["options"], option_module.as_stored(options)
+    if wanted["num_train_iterations"] is None:  # pretrain.py counts them by --pretrain_epochs
+        wanted["num_train_iterations"] = kept["num_train_iterations"]
     try:
-        kept = kept_options(options)
-        option_module.check_resume(state["options"], kept)
+        option_module.check_resume(kept, wanted)
     except UserError:
         return False  # the script will say why
-    return state["options"]["num_train_iterations"] != option_module.as_stored(kept)["num_train_iterations"]
+    return any(kept[name] != wanted[name] for name in option_module.MAY_GROW)
 
 
-def kept_options(options):
-    """The options as a cell's script keeps them: pretrain.py counts its iterations where they are not given."""
-    if options.num_train_iterations is not None:
-        return options
-    count = pretrain.count_iterations(options, dataloader.load_problem(options))
-    return {**vars(options), "num_train_iterations": count}
+def path_of(args, cell):
+    return predictions.path_of(args.output / "predictions", cell)
 
 
-def places(args, device):
-    """The environment of each run that may be at work at the same time: one GPU each, where there are any."""
-    n_gpus = torch.cuda.device_count() if device != "cpu" else 0
-    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
-    gpus = [{"CUDA_VISIBLE_DEVICES": name} for name in names.split(",")][:n_gpus] or [{}]
-    jobs = args.jobs or n_gpus or max(1, len(os.sched_getaffinity(0)) // args.threads)
-    return [gpus[i % len(gpus)] for i in range(jobs)]
+# -----------------------------------------------------------------------------
+# many, side by side
+
+
+def make_predictions(args, cells):
+    """Run what is not finished: {cell: why it failed}. Basic runs come first where others start from them."""
+    torch.set_num_threads(args.threads)
+    options = {cell: read_options(args, cell) for cell in cells}
+    fingerprint = cache.load_ratings(options[cells[0]]).fingerprint
+    utils.make_folder(args.output / "predictions", parents=True)
+    left = {c: o for c, o in options.items() if not predictions.is_finished(path_of(args, c), c, o, fingerprint)}
+    say(f"{len(cells) - len(left)} of {len(cells)} runs are finished, {len(left)} are left")
+    later = {c for c in left if c.method != "basic" and (left[c].load_pretrained or left[c].load_pretrained_embedding)}
+    first = run_all(args, {c: o for c, o in left.items() if c not in later})
+    return first | run_all(args, {c: o for c, o in left.items() if c in later})
 
 
 def run_all(args, options):
-    """Run the cells of {cell: options}; {cell: why it failed}. KeyboardInterrupt once all have stopped in order."""
-    slots = queue.Queue()
-    for place in places(args, next(iter(options.values())).device):
-        slots.put(place)
-    work = Work(args, options, slots, {}, Lock(), Event())
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Run the cells of {cell: options}: {cell: why it failed}. No script is left running, whatever happens."""
+    waiting, running, failed, began = dict(options), {}, {}, time.monotonic()
+    slots = places(args, next(iter(options.values())).device) if options else []
+    shape = {"bar_format": "{n_fmt}/{total_fmt} runs |{bar:20}| {elapsed}{postfix}", "dynamic_ncols": True}
+    bar = tqdm(total=len(options), **shape, disable=None if options else True)
+
+    def ended(cell, error):
+        failed.update({cell: error} if error else {})
+        done = f"{len(options) - len(waiting) - len(running)}/{len(options)}, {time.monotonic() - began:.0f} s"
+        if error or bar.disable:
+            say(f"[{done}] {shown(cell)}{': ' + error if error else ''}")
+        bar.update()
+
     try:
-        with ThreadPoolExecutor(slots.qsize()) as pool:
-            try:
-                return watch(work, {pool.submit(run_cell, work, cell): cell for cell in options})
-            except KeyboardInterrupt:
-                work.stop.set()
-                for process in filter(None, list(work.running.values())):
-                    process.terminate()
-                raise
+        while waiting or running:
+            for cell in [c for c in waiting if c.learner != "simple"][: len(slots)]:
+                error, run = attempt(start, args, cell, waiting.pop(cell), slots[0])
+                if error:
+                    ended(cell, error)
+                    continue
+                running[cell], slots = run, slots[1:]
+                if bar.disable:
+                    say(f"started {shown(cell)}")
+            show_running(bar, running)
+            for cell in [c for c, run in running.items() if run.process.poll() is not None]:
+                run = running.pop(cell)
+                slots = [*slots, run.slot]
+                ended(cell, attempt(finish, args, cell, options[cell], run)[0])
+            for cell in [c for c in waiting if c.learner == "simple"][:1]:
+                ended(cell, attempt(predictions.score_simple, path_of(args, cell), cell, waiting.pop(cell))[0])
+            time.sleep(0.2 if running else 0)
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def watch(work, futures):
-    """Show what runs and what is left until all is done: a bar on a terminal, elsewhere a line for each run."""
-    failed, left, began = {}, set(futures), time.monotonic()
-    bar = tqdm(total=len(futures), unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
-    while left:
-        done, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
-        for future in done:
-            cell, error = futures[future], future.result()
-            if error:
-                failed[cell] = error
-            bar.update()
-            if error or bar.disable:
-                passed = f"{len(futures) - len(left)}/{len(futures)}, {time.monotonic() - began:.0f} s"
-                tqdm.write(f"[{passed}] {shown(cell)}{': ' + error if error else ''}", file=sys.stderr)
-        bar.set_postfix_str("now " + "; ".join(map(shown, list(work.running))), refresh=True)
-    bar.close()
+        for run in running.values():
+            run.process.terminate()
+        for run in running.values():
+            run.process.wait()
+        bar.close()
     return failed
+
+
+def attempt(function, *arguments):
+    """(why the call failed or None, what it returned): one cell's failure costs neither the others nor the tables."""
+    try:
+        return None, function(*arguments)
+    except UserError as error:
+        return str(error), None
+    except Exception as error:
+        say(traceback.format_exc())
+        words, _, _ = str(error).partition("\n")
+        return f"unexpected {type(error).__name__}: {words}", None
+
+
+def places(args, device):
+    """The environments of the runs that may run at the same time: one GPU each, where there are any."""
+    n_gpus = torch.cuda.device_count() if device != "cpu" else 0
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
+    gpus = [{"CUDA_VISIBLE_DEVICES": name} for name in names.split(",")][:n_gpus] or [{}]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = args.jobs or n_gpus or max(1, cores // args.threads)
+    return [gpus[i % len(gpus)] for i in range(jobs)]
+
+
+# -----------------------------------------------------------------------------
+# what is shown
+
+
+def show_running(bar, running):
+    """Show beside the bar what is running, and the last iteration in the output of each run."""
+    lines = []
+    for cell, run in running.items():
+        text = (run.folder / "output.txt").read_text(errors="replace")
+        found = re.findall(r"^(iteration) +(\d+)", text, re.MULTILINE)
+        lines.append(f"{shown(cell)}{': ' + ' '.join(found[-1]) if found else ''}")
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        bar.set_postfix_str("; ".join(lines))
 
 
 def shown(cell):
@@ -260,53 +319,52 @@ def shown(cell):
     return f"{what}{' (paper)' if cell.paper else ''} fold {cell.fold} seed {cell.seed}"
 
 
-# -----------------------------------------------------------------------------
-
-
-def make_predictions(args, cells):
-    """Run what is not finished: {cell: why it failed}. Basic runs come first where others start from them."""
-    torch.set_num_threads(args.threads)
-    options = {cell: read_options(args, cell) for cell in cells}
-    fingerprint = cache.load_ratings(options[cells[0]]).fingerprint
-    folder, failed = args.output / "predictions", {}
-    make_folder(folder)
-    left = {
-        cell: given
-        for cell, given in options.items()
-        if not predictions.is_finished(predictions.path_of(folder, cell), cell, given, fingerprint)
-    }
-    print(f"{len(cells) - len(left)} of {len(cells)} runs are finished, {len(left)} are left", file=sys.stderr)
-    later = {c for c in left if c.method != "basic" and (left[c].load_pretrained or left[c].load_pretrained_embedding)}
-    for wave in (left.keys() - later, later):
-        if part := {cell: given for cell, given in left.items() if cell in wave}:
-            failed |= run_all(args, part)
-    return failed
-
-
-def make_folder(path):
+@contextlib.contextmanager
+def stopped_by_signals():
+    """Turn SIGTERM, and SIGHUP unless it is ignored, into KeyboardInterrupt while entered."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {path} ({error.strerror}): choose another folder") from error
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def export_targets(args, cells):
+    """Write the CSV files of every fold and seed."""
+    for cell in [cell for cell in cells if cell.learner == "simple"]:
+        options = read_options(args, cell)
+        folder = args.export_targets / f"fold{cell.fold}-seed{cell.seed}"
+        utils.make_folder(folder, parents=True)
+        external.export(folder, dataloader.load_problem(options), options.max_seq_len - 1)
+        print(f"{folder}: {', '.join(external.FILES)}")
 
 
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     cells = list_cells(args)
+    if args.export_targets:
+        return export_targets(args, cells)
     try:
-        failed = {} if args.report_only else make_predictions(args, cells)
+        with stopped_by_signals():
+            failed = {} if args.report_only else make_predictions(args, cells)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        say("stopped; the same command goes on")
         return 130
-    paths = {cell: predictions.path_of(args.output / "predictions", cell) for cell in cells if cell not in failed}
-    rows, about = tables.load({cell: path for cell, path in paths.items() if path.exists()})
-    make_folder(args.report)
-    figures.draw_all(args.report, cells, rows, about)
-    print(tables.write(args.report, cells, rows, about))
-    tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
-    print(f"tables and pictures: {args.report}\nlearning curves: {tensorboard} --logdir {args.output}")
+    paths = {cell: path_of(args, cell) for cell in cells if cell not in failed}
+    found = results.load({cell: path for cell, path in paths.items() if os.path.exists(path)}, args.external)
+    utils.make_folder(args.report, parents=True)
+    figures.draw_all(args.report, cells, found)
+    print(tables.write(args.report, cells, found))
+    print(f"Tables and pictures: {args.report}")
+    if args.demo:
+        print(NEXT.format(bin=os.path.relpath(Path(sys.executable).parent)))
     for cell, error in failed.items():
-        print(f"failed: {shown(cell)}: {error}", file=sys.stderr)
+        say(f"failed: {shown(cell)}: {error}")
     return 1 if failed else 0
 
 

@@ -1,30 +1,21 @@
-"""A data set -> one table of users' ratings in time order: download, filters, ids, scale, cache.
+"""What is in a data set, before and after the filters; docs/DATA.md lists the files that can be read.
 
-What is in a data set, before and after the filters; then a file of your own, with a picture:
-
-    python datasets.py --mode=ml-1m
-    python datasets.py --mode=csv --data_path=my.csv --columns=user:0,item:1,rating:2 --plot=my.png
+python datasets.py --mode=ml-1m
+python datasets.py --mode=csv --data_path=my.csv --columns=user:0,item:1,rating:2 --plot=my.png
 """
 
-import argparse
+import io
+import os
+from pathlib import Path
 
 import numpy as np
 
+import options as option_module
 from evaluation import metrics
-from options import add_data_options
 from ratings import table
-from utils import UserError, run_script
+from utils import UserError, run_script, shorten, write_output
 
-# -----------------------------------------------------------------------------
-# From rows to ratings
-
-
-# -----------------------------------------------------------------------------
-# Cache: a line with the checksum of the rest, a line of JSON, then the arrays
-
-
-# -----------------------------------------------------------------------------
-# The data table
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def describe(columns, levels, longest):
@@ -33,9 +24,8 @@ def describe(columns, levels, longest):
     lengths = lengths[lengths > 0]
     tied = (np.diff(columns.users) == 0) & (np.diff(columns.times) == 0)
     ties = np.append(tied, False) | np.append(False, tied)
-    days = [str(np.datetime64(int(time), "s"))[:10] for time in (columns.times.min(), columns.times.max())]
     histogram = np.bincount(table.nearest_level(columns.ratings, levels), minlength=len(levels))
-    return {
+    found = {
         "users": len(lengths),
         "items": len(np.unique(columns.items)),
         "ratings": len(columns.ratings),
@@ -43,22 +33,23 @@ def describe(columns, levels, longest):
         f"mean length, last {longest}": np.minimum(lengths, longest).mean(),
         "balance score": metrics.balance(histogram),
         "share of ties": ties.mean(),
-        "first day": days[0],
-        "last day": days[1],
     }
+    if columns.unit:
+        for name, time in (("first day", columns.times.min()), ("last day", columns.times.max())):
+            found[name] = str(np.datetime64(int(time / columns.unit), "s"))[:10]
+    return found
 
 
 def print_table(path, before, after, ratings, notes):
     """The data table, before and after the filters."""
-    print(f"{path}\n\n{'':<24}{'file':>14}{'filtered':>14}")
-    for name, value in before.items():
-        texts = [
-            cell if isinstance(cell, str) else f"{cell:,}" if isinstance(cell, int) else f"{cell:.3f}"
-            for cell in (value, after[name])
-        ]
-        print(f"{name:<24}{texts[0]:>14}{texts[1]:>14}")
+
+    def text(value):
+        return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+    rows = [[name, text(value), text(after[name])] for name, value in before.items()]
+    print(f"{shorten(path, 500)}\n\n{metrics.aligned([['', 'file', 'filtered'], *rows])}")
     listed = " ".join(f"{level:g}" for level in ratings.levels)
-    print(f"{'scale':<24}{ratings.low:g} to {ratings.high:g}, levels {listed}")
+    print(f"scale from {ratings.low:g} to {ratings.high:g}, levels {listed}")
     for note in notes or ["no row was dropped"]:
         print(note)
 
@@ -79,18 +70,28 @@ def plot(file, ratings):
     middle.set(xlabel="ratings of a user", ylabel="users", xscale="log")
     right.hist(metrics.balance(histograms), bins=40, range=(0, 1))
     right.set(xlabel="balance score of a user", ylabel="users")
-    try:
-        figure.savefig(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot={file} cannot be written: {error}") from None
+    data = io.BytesIO()
+    figure.savefig(data, format=Path(file).suffix[1:])
+    write_output(file, data.getvalue())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_options(parser)
-    parser.add_argument("--max_seq_len", type=int, default=30, help="cut for the mean length (default: %(default)s)")
-    parser.add_argument("--plot", nargs="?", const="ratings.png", metavar="FILE", help="save a picture too")
-    options = parser.parse_args()
+def parse(argv=None):
+    """The options of this script; UserError for impossible ones."""
+    parser = option_module.Parser(__doc__)
+    option_module.add_data_options(parser)
+    add = option_module.group(parser, "table")
+    add("max_seq_len", 30, option_module.count(2), "cut for the mean length")
+    add("plot", None, option_module.path, "save a picture too", nargs="?", const="ratings.png", metavar="FILE")
+    options = parser.parse_args(argv)
+    if options.plot and Path(options.plot).suffix not in PICTURES:
+        raise UserError(f"--plot={options.plot} must end in {', '.join(PICTURES)}")
+    if options.plot and not os.path.isdir(Path(options.plot).parent):
+        raise UserError(f"--plot={options.plot}: there is no folder {Path(options.plot).parent}")
+    return options
+
+
+def main(argv=None):
+    options = parse(argv)
     path = table.find_data(options)
     columns, notes = table.load_columns(path, options)
     kept = table.filter_rows(columns, options)

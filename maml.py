@@ -1,57 +1,169 @@
 """Meta-learning: inner steps on a user's support ratings, and the error on the queries that trains them.
 
-Equations of MELO (Kim et al., CIKM 2023), which follows MAML++ (Antoniou et al., ICLR 2019). Shapes: T tasks, B blocks
-of R rows, S positions, Q queries, K inner steps.
+Equations of MELO (Kim et al., CIKM 2023), which follows MAML++ (Antoniou et al., ICLR 2019); docs/METHOD.md has them.
+Shapes: T tasks, R rows, S positions, Q queries, K inner steps, P adapted parameters laid end to end.
 """
 
 import argparse
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
-import dataloader
+import utils
 from models import item_tables, loss_network
-from models.layers import of_blocks, of_tasks, over_task
 from models.learner import Learner
 from utils import UserError
 
 
-class InnerRates(nn.Module):
-    """The inner learning rates alpha: one per tensor (or element) and step, positive because kept as logarithms.
+class Adapted(NamedTuple):
+    """What adapting to tasks gives."""
 
-    A step is theta <- theta - alpha * gradient / (n + lambda) with the gradient summed over n support ratings and
-    a learned lambda, which shrinks users with few ratings towards the initialisation; lambda = 0 is the mean loss.
+    theta: dict  # {name: (T, ...)} the adapted parameters
+    queries: torch.Tensor  # (T, K + 1, Q) standardised predictions before the first and after each inner step
+    support: list  # K tensors (T, R, S), the support predictions that each step started from
+
+
+def adapt(member, tasks, tables, second_order):
+    """The inner loop: equations 1 to 4 of docs/METHOD.md, for all tasks at once. Returns `Adapted`.
+
+    `tables` are the tasks' rows of the item tables {name: (T, U, width)}.
+    """
+    adapts_all = member.options.adapt == "all" and member.options.num_inner_steps > 0
+    way = AdaptAll if adapts_all else AdaptHead
+    user = way(member.learner, tasks, tables, second_order)
+    theta, thetas, support = user.theta, [user.theta], []
+    share = tasks.times / loss_network.sum_per_task(tasks.times).clamp_min(1)  # of the mean over all windows
+    alpha = member.rates(user.shapes, tasks.n_support.to(theta.dtype))  # (K, T, P)
+    prepared = member.loss_network.prepare(tasks)
+    for step in range(member.options.num_inner_steps):
+        predicted = user.predict_support(theta)  # (1): (T, R, S)
+        slope = member.loss_network(prepared, step, predicted, tasks) * share  # (2): dL / dpredicted, (T, R, S)
+        gradient = user.vjp(predicted, slope)  # (3): (T, P)
+        theta = theta - alpha[step] * gradient  # (4): (T, P)
+        thetas.append(theta)
+        support.append(predicted)
+    return Adapted(split(theta, user.shapes), user.predict_queries(thetas), support)
+
+
+class AdaptHead:
+    """Adapting the head alone: the encoder runs once, and predictions are linear in theta."""
+
+    def __init__(self, learner, tasks, tables, second_order):
+        support, self.query_features = learner.features(tasks, tables)
+        self.shape, self.second_order = tasks.items.shape, second_order
+        self.at_zero, self.features = support.flatten(1, 2)[..., 0], support.flatten(1, 2)[..., 1:]  # (T, N), (T, N, P)
+        self.theta, self.shapes = first_theta(learner, learner.head.adapted, tables)
+
+    def predict_support(self, theta):
+        return torch.baddbmm(self.at_zero[:, None], theta[:, None], self.features.mT).view(self.shape)
+
+    def vjp(self, predicted, slope):
+        gradient = torch.bmm(slope.flatten(1)[:, None], self.features)[:, 0]
+        return gradient if self.second_order else gradient.detach()
+
+    def predict_queries(self, thetas):
+        at_zero, features = self.query_features[..., 0], self.query_features[..., 1:]
+        return torch.baddbmm(at_zero[:, None], torch.stack(thetas, 1), features.mT)
+
+
+class AdaptAll:
+    """Adapting every parameter: each task has weights of its own, also its rows of the item tables.
+
+    Rows of items that a task does not use never move, so that this is exact.
+    """
+
+    def __init__(self, learner, tasks, tables, second_order):
+        self.learner, self.tasks, self.table_names = learner, tasks, tuple(tables)
+        self.second_order, self.training = second_order, torch.is_grad_enabled()
+        self.theta, self.shapes = first_theta(learner, [name for name, _ in learner.named_parameters()], tables)
+        self.memories = []  # of the history, one for each theta that predicted the support
+
+    def call(self, theta, method, *arguments):
+        """A method of the learner with parameters theta (T, P)."""
+        own = split(theta, self.shapes)
+        weights = {name: value for name, value in own.items() if name not in self.table_names}
+        tables = {name: own[name] for name in self.table_names}
+        return functional_call(self.learner, weights, (method, *arguments, tables))
+
+    def predict_support(self, theta):
+        with torch.enable_grad():
+            self.leaf = theta if self.training else theta.detach().requires_grad_()
+            predicted, memory = self.call(self.leaf, "predict_support", self.tasks)
+        self.memories.append(memory if self.training else pytree.tree_map(torch.detach, memory))
+        return predicted
+
+    def vjp(self, predicted, slope):
+        create = self.second_order and self.training
+        return torch.autograd.grad(predicted, self.leaf, slope, retain_graph=self.training, create_graph=create)[0]
+
+    def predict_queries(self, thetas):
+        history_alone = self.tasks.take(slice(None), rows=1)
+        self.memories.append(self.call(thetas[-1], "predict_support", history_alone)[1])
+        calls = zip(thetas, self.memories, strict=True)
+        found = [self.call(theta, "predict_query", self.tasks.query_items, memory) for theta, memory in calls]
+        return torch.stack(found, 1)
+
+
+def first_theta(learner, names, tables):
+    """The adapting parameters before the first step, theta (T, P), and their {name: shape} in the order of theta."""
+    n_tasks = len(next(iter(tables.values())))
+    values = {name: tables.get(name, learner.get_parameter(name)) for name in names}
+    whole = {name: v if name in tables else v.expand(n_tasks, *v.shape) for name, v in values.items()}
+    return torch.cat([v.reshape(n_tasks, -1) for v in whole.values()], 1), {n: v.shape[1:] for n, v in whole.items()}
+
+
+def split(theta, shapes):
+    """Parameters laid end to end (T, P) as {name: (T, ...)}."""
+    parts = theta.split([shape.numel() for shape in shapes.values()], 1)
+    return {name: part.view(-1, *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def look_up(learner, tasks, shifts=None, sparse=False):
+    """Each task's rows of the item tables: {name: (T, U, width)}.
+
+    `shifts` {name: (FOLDS + 1, n_items + 1, width)} are added by the fold of the user; see `item_tables`. With `sparse`
+    the tables' gradients are sparse.
+    """
+    rows = {name: F.embedding(tasks.table, table, sparse=sparse) for name, table in learner.tables().items()}
+    if shifts is None:
+        return rows
+    return {name: value + shifts[name][tasks.fold[:, None], tasks.table] for name, value in rows.items()}
+
+
+# -----------------------------------------------------------------------------
+# meta-parameters
+
+
+class InnerRates(nn.Module):
+    """The inner learning rates alpha of each step, positive because kept as logarithms.
+
+    There is one for each element of the head, or for each tensor where every parameter adapts. A step is theta <- theta
+    - alpha * gradient / (n + lambda), with the gradient summed over n support ratings and a learned lambda, which keeps
+    users with few ratings near the start. lambda = 0 is the mean loss.
     """
 
     def __init__(self, learner, options, item_counts=None):
+        """`item_counts` (n_items,) are the training ratings of each item, from which curvatures are estimated."""
         super().__init__()
         self.log_rate, self.log_damping = nn.ParameterDict(), nn.ParameterDict()
-        for name in adapted_names(learner, options):
+        names = learner.head.adapted if options.adapt == "head" else [name for name, _ in learner.named_parameters()]
+        for name in names:
             curvature = feature_curvature(learner, name, item_counts)
-            if options.inner_rates == "tensor" or name in learner.table_names():
+            if options.adapt == "all":
                 curvature = curvature.mean()
-            rate = (options.inner_lr / curvature).log()
-            steps = (options.num_inner_steps,) + (1,) * rate.dim()
-            self.log_rate[key(name)] = nn.Parameter(rate.repeat(steps))
+            self.log_rate[key(name)] = per_step(options.inner_lr / curvature, options)
             if options.inner_damping > 0:
-                damping = (options.inner_damping / curvature).log()
-                self.log_damping[key(name)] = nn.Parameter(damping.repeat(steps))
+                self.log_damping[key(name)] = per_step(options.inner_damping / curvature, options)
         self.requires_grad_(options.use_learnable_params)
 
-    def forward(self, name, step, count):
-        """What multiplies the gradient of `name` at `step` for a user of `count` support ratings."""
-        rate = self.log_rate[key(name)][step].exp()
-        if not self.log_damping:
-            return rate / count.clamp_min(1)
-        return rate / (count + self.log_damping[key(name)][step].exp())
+    def forward(self, shapes, count):
+        """What multiplies the gradient of the mean loss in parameters {name: shape} laid end to end: (K, T or 1, P).
 
-    def laid_out(self, shapes, count):
-        """What multiplies the mean loss's gradient in parameters {name: shape} laid end to end, per step: (K, T, P).
-
-        T is 1 where it is the same for all tasks.
+        `count` (T,) is the number of support ratings.
         """
         rate = lay_out(self.log_rate, shapes)
         if not self.log_damping:
@@ -61,8 +173,13 @@ class InnerRates(nn.Module):
 
 
 def key(name):
-    """A parameter's name as a key of nn.ParameterDict, which forbids dots."""
+    """A parameter's name as a key of `nn.ParameterDict`, which forbids dots."""
     return name.replace(".", "/")
+
+
+def per_step(start, options):
+    """A trainable logarithm of `start` (...) for each inner step (K, ...)."""
+    return nn.Parameter(start.log().repeat(options.num_inner_steps, *(1,) * start.dim()))
 
 
 def lay_out(logs, shapes):
@@ -72,188 +189,14 @@ def lay_out(logs, shapes):
 
 
 def feature_curvature(learner, name, item_counts):
-    """Mean square of what a parameter multiplies in the prediction: the scale of its gradient's slope.
+    """Mean square of what a parameter multiplies in the prediction, the scale of the loss's curvature in it.
 
-    Rates that start at its inverse make all directions converge alike, as a diagonal Newton step would.
+    Rates that start at its inverse let all directions converge alike, as a diagonal Newton step would.
     """
     if name == "head.user_vector" and item_counts is not None:
         share = (item_counts / item_counts.sum())[:, None]
         return (learner.item_factor.detach()[1:].square() * share).sum(0).clamp_min(1e-4)
     return torch.ones_like(learner.get_parameter(name).detach())
-
-
-def adapted_names(learner, options):
-    """Names of the parameters that the inner steps move."""
-    return list(learner.head.adapted) if options.adapt == "head" else [n for n, _ in learner.named_parameters()]
-
-
-def look_up(learner, tasks, sparse=False):
-    """Each task's own rows of the item tables: name -> (T, U, width).
-
-    Exact, because under gradient steps rows of items that a task does not use never move. With `sparse` the tables'
-    gradients are sparse.
-    """
-    return {name: learner.rows(name, tasks, sparse) for name in learner.table_names()}
-
-
-def adapt(learner, loss_network, rates, tasks, tables, options, second_order):
-    """Adapt to each task: query predictions before the first and after each inner step (T, K + 1, Q), and the support
-    predictions (B, R, S) that each step started from, a list of K.
-
-    `tables` are the tasks' item rows. Where the encoder stays as it is (--adapt=head), its states are computed once.
-    """
-    return inner_loop(learner, loss_network, rates, tasks, tables, options, second_order)[1:]
-
-
-def inner_loop(learner, loss_network, rates, tasks, tables, options, second_order):
-    """What `adapt` gives, with the adapted parameters {name: (T, ...)} before it."""
-    fast, (blocks, block_tables) = start(learner, tables, options), in_blocks(tasks, tables)
-    shapes = {name: value.shape[1:] for name, value in fast.items()}
-    flat = torch.cat([value.reshape(len(value), -1) for value in fast.values()], 1)
-    if options.adapt == "head":
-        predict, pull, answer = adapt_head(learner, tasks, blocks, block_tables)
-    else:
-        predict, pull, answer = adapt_all(learner, tasks, tables, blocks, block_tables, shapes)
-    # A rating in several windows counts once in all.
-    times = blocks.times.to(blocks.ratings.dtype)
-    share = times / over_task(times, blocks).clamp_min(1)
-    descents = (-rates.laid_out(shapes, (tasks.query_last + 1).to(times.dtype))).unbind()
-    prepared = None if loss_network is None else loss_network.prepare(blocks)
-
-    before, histories = [], []
-    for step in range(options.num_inner_steps):
-        flat, history = predict(flat)
-        slope = history - blocks.ratings if loss_network is None else loss_network(prepared, step, history, blocks)
-        gradient = pull(flat, history, slope * share, second_order and torch.is_grad_enabled())
-        before.append(flat)
-        histories.append(history)
-        flat = flat + descents[step] * gradient
-    return split(flat, shapes), answer([*before, flat]), histories
-
-
-def adapt_all(learner, tasks, tables, blocks, block_tables, shapes):
-    """What an inner step does with all parameters of a learner, laid end to end for each task (T, P): functions
-    `predict` (the parameters and the support predictions (B, R, S)), `pull` (the gradient (T, P) for slopes in these)
-    and `answer` (query predictions (T, K + 1, Q) with the parameters before the first step and after each).
-    """
-    train, memories = torch.is_grad_enabled(), []
-
-    def run(flat, tables, method, what, *more):
-        fast = split(flat, shapes)
-        weights = {name: value for name, value in fast.items() if name not in tables}
-        return functional_call(learner, weights, (method, what, *more, {name: fast[name] for name in tables}))
-
-    def predict(flat):
-        with torch.enable_grad():
-            flat = flat if train else flat.detach().requires_grad_()
-            history, memory = run(of_blocks(flat, tasks), block_tables, "read", blocks)
-        memories.append(each(lambda part: (part if train else part.detach())[: len(flat)], memory))
-        return flat, history
-
-    def pull(flat, history, slope, graph):
-        return torch.autograd.grad(history, flat, slope, retain_graph=train, create_graph=graph)[0]
-
-    def answer(flats):
-        memories.append(run(flats[-1], tables, "read", history_alone(tasks))[1])
-        states = list(zip(flats, memories, strict=True))
-        if train:  # of fewer tasks, so that calls cost more than copies
-            states = [(torch.cat(flats), each(lambda *parts: torch.cat(parts), *memories))]
-        items = tasks.query_items.repeat(len(flats) // len(states), 1)
-        found = torch.cat([run(flat, tables, "answer", items, memory) for flat, memory in states])
-        return found.unflatten(0, (len(flats), -1)).transpose(0, 1)
-
-    return predict, pull, answer
-
-
-def each(function, *nested):
-    """`function` of the tensors in the same places of nested tuples, with None where there is none."""
-    if isinstance(nested[0], tuple):
-        return tuple(each(function, *parts) for parts in zip(*nested, strict=True))
-    return None if nested[0] is None else function(*nested)
-
-
-def adapt_head(learner, tasks, blocks, block_tables):
-    """`adapt_all` for the parameters of the head alone, in which predictions are linear: the encoder is run once."""
-    history, query = learner.linear(blocks, block_tables)
-    shape, history, query = tasks.items.shape, history.flatten(1, 2), query[: len(tasks.table)].mT
-    at_zero, slopes = history[:, None, :, 0], history[..., 1:]
-    across, query_at_zero, query_slopes = slopes.mT, query[:, :1], query[:, 1:]
-
-    def predict(flat):
-        return flat, torch.baddbmm(at_zero, of_blocks(flat, tasks)[:, None], across).view(shape)
-
-    def pull(flat, predicted, slope, graph):
-        gradient = torch.bmm(slope.view(len(across), 1, -1), slopes)[:, 0]
-        return of_tasks(gradient if graph else gradient.detach(), tasks)
-
-    def answer(flats):
-        return torch.baddbmm(query_at_zero, torch.stack(flats, 1), query_slopes)
-
-    return predict, pull, answer
-
-
-def split(flat, shapes):
-    """Parameters laid end to end (T, P) as {name: (T, ...)}."""
-    parts = zip(shapes.items(), flat.split([shape.numel() for shape in shapes.values()], 1), strict=True)
-    return {name: part if len(shape) == 1 else part.view(-1, *shape) for (name, shape), part in parts}
-
-
-def start(learner, tables, options):
-    """The parameters that the inner steps move as they are before the first, for each task: {name: (T, ...)}."""
-    n_tasks, fast = len(next(iter(tables.values()))), {}
-    for name in adapted_names(learner, options):
-        value = learner.get_parameter(name)
-        fast[name] = tables[name] if name in tables else value.expand(n_tasks, *value.shape)
-    return fast
-
-
-def in_blocks(tasks, tables):
-    """Tasks and their item rows as the learner is to see them, each block as if it were a task: the first T answer."""
-    of_query = {name: of_blocks(getattr(tasks, name), tasks) for name in ("query_items", "query_last")}
-    return tasks._replace(**of_query), {name: of_blocks(table, tasks) for name, table in tables.items()}
-
-
-def history_alone(tasks):
-    """The tasks without the rows that their queries do not read."""
-    return tasks._replace(**{name: getattr(tasks, name)[: len(tasks.table), :1] for name in dataloader.IN_ROWS})
-
-
-def position_weights(network, step, history, tasks):
-    """Slope of each position's loss in its prediction, relative to the squared error's. (R, S)"""
-    if network is None:
-        return tasks.support.to(history.dtype)
-    # Off the exact rating, where both slopes vanish.
-    history = torch.where((history - tasks.ratings).abs() < 1e-3, tasks.ratings + 1e-3, history)
-    return network(network.prepare(tasks), step, history, tasks) / (history - tasks.ratings) * tasks.support
-
-
-def step_weights(steps, iteration, horizon):
-    """Weights of the query losses after inner steps 1..N in the multi-step loss (MAML++), shape (N,).
-
-    For i < N: w_i = max(1/N - e/(N E), 0.03/N); w_N = min(1/N + e (N-1)/(N E), 1 - 0.03 (N-1)/N), at iteration
-    e < E, the horizon; from there on the last step counts alone.
-    """
-    if iteration >= horizon:
-        return torch.eye(steps)[-1]
-    early = max(1 / steps - iteration / (steps * horizon), 0.03 / steps)
-    last = min(1 / steps + iteration * (steps - 1) / (steps * horizon), 1 - 0.03 * (steps - 1) / steps)
-    return torch.tensor([early] * (steps - 1) + [last])
-
-
-def objective_weights(options, iteration):
-    """Weights of the query losses after 0..K inner steps in the meta objective, shape (K + 1,)."""
-    steps = options.num_inner_steps
-    if steps == 0:
-        return torch.ones(1)
-    horizon = options.multi_step_loss_num_epochs if options.use_multi_step else 0
-    return F.pad(step_weights(steps, iteration, horizon), (1, 0))
-
-
-def query_losses(predictions, tasks, loss=torch.square, weight=1):
-    """`loss` of the errors of each task's queries times a `weight` (T, Q), averaged over the queries, per number of
-    inner steps: (T, K + 1)."""
-    errors = loss(predictions - tasks.query_ratings[:, None]) * (tasks.query * weight)[:, None]
-    return errors.sum(-1) / tasks.query.sum(-1, keepdim=True)
 
 
 class MetaLearner(nn.Module):
@@ -274,37 +217,30 @@ class MetaLearner(nn.Module):
         mean, std, low, high = scale
         self.loss_network = loss_network.build(options, ((low - mean) / std, (high - mean) / std))
 
-    def forward(self, tasks, second_order=False):
-        """Standardised query predictions after 0..K inner steps, all tasks at once: (T, K + 1, Q)."""
-        rows = look_up(self.learner, tasks, self.options.sparse_items)
-        return adapt(self.learner, self.loss_network, self.rates, tasks, rows, self.options, second_order)[0]
+    def adapt(self, tasks, second_order=False, shifts=None):
+        """`Adapted` to the tasks; for `shifts` see `look_up`."""
+        return adapt(self, tasks, look_up(self.learner, tasks, shifts, self.options.sparse_items), second_order)
 
-    def adapt(self, tasks):
-        """The adapted parameters {name: (T, ...)}."""
-        rows = look_up(self.learner, tasks)
-        return inner_loop(self.learner, self.loss_network, self.rates, tasks, rows, self.options, False)[0]
+    def forward(self, tasks, second_order=False, shifts=None):
+        """Standardised query predictions after 0..K inner steps: (T, K + 1, Q)."""
+        return self.adapt(tasks, second_order, shifts).queries
 
     def explain(self, tasks):
         """Query predictions as `forward` gives them, and the weight of each support rating at each step (T, K, R, S).
 
         A weight is the slope of the rating's loss over that of the squared error: 1 everywhere without loss network.
         """
-        rows = look_up(self.learner, tasks)
-        queries, histories = adapt(self.learner, self.loss_network, self.rates, tasks, rows, self.options, False)
-        weights = [position_weights(self.loss_network, step, h, tasks) for step, h in enumerate(histories)]
-        return queries, torch.stack(weights, 1) if weights else tasks.ratings[:, None][:, :0]
-
-    def to_rating(self, standardised):
-        """Standardised predictions on the data's own scale, clipped to it, as float64."""
-        mean, std, low, high = self.scale
-        return (standardised.double() * std + mean).clamp(low, high)
+        adapted, loss = self.adapt(tasks), self.loss_network
+        steps = enumerate(adapted.support)
+        weights = [loss_network.rating_weights(loss, step, predicted, tasks) for step, predicted in steps]
+        return adapted.queries, torch.stack(weights, 1) if weights else tasks.ratings[:, None][:, :0]
 
 
 class Ensemble(nn.Module):
-    """`options.members` meta-learners with seeds of their own, of which each is trained as if it were alone.
+    """`options.members` meta-learners with seeds of their own, each trained as if it were alone.
 
-    The prediction is the mean of theirs: they err alike in what the ratings do not tell and unlike in what their
-    random start left in them, so their mean has the lower error.
+    The prediction is the mean of theirs. They agree on what the ratings tell and differ in what their random start
+    left in them, so that their mean has the lower error.
     """
 
     def __init__(self, n_items, options, scale, item_counts=None, starts=None):
@@ -321,18 +257,20 @@ class Ensemble(nn.Module):
     def scale(self):
         return self.members[0].scale
 
-    def forward(self, tasks, second_order=False):
+    def forward(self, tasks):
         """Standardised query predictions after 0..K inner steps: (T, K + 1, Q)."""
-        return torch.stack([member(tasks, second_order) for member in self.members]).mean(0)
+        return torch.stack([member(tasks) for member in self.members]).mean(0)
 
     def explain(self, tasks):
         """The members' mean `MetaLearner.explain`."""
         queries, weights = zip(*(member.explain(tasks) for member in self.members), strict=True)
         return torch.stack(queries).mean(0), torch.stack(weights).mean(0)
 
-    def to_rating(self, standardised):
-        """`MetaLearner.to_rating`, which is the same for all members."""
-        return self.members[0].to_rating(standardised)
+    def to_rating(self, standardised, clip=True):
+        """Standardised predictions on the data's own scale, as float64; clipped to it unless told otherwise."""
+        mean, std, low, high = self.scale
+        ratings = standardised.double() * std + mean
+        return ratings.clamp(low, high) if clip else ratings
 
 
 def member_options(options):
@@ -341,33 +279,97 @@ def member_options(options):
     return [argparse.Namespace(**{**vars(options), "model_init_seed": seed}) for seed in seeds]
 
 
-def build_system(problem, options, fresh=True, first=True):
-    """A `Ensemble`; a fresh one's item tables start from the training users with --init_items=factors.
+def build_system(problem, options):
+    """A fresh `Ensemble` and, for training, each member's shifts of the item tables (see `look_up`) or None.
 
-    `first` is False in processes other than 0, whose values are overwritten by those of process 0.
+    With --head=joint the item tables start from the training users' ratings.
     """
-    ratings, n_items, starts, counts = problem.ratings, len(problem.ratings.item_ids), None, None
-    fittings = [(problem.sequences, problem.train, n_items, own) for own in member_options(options)]
-    fit_items = fresh and options.head == "joint" and options.init_items == "factors"
-    if fit_items and first:
-        starts = [item_tables.fit(*fitting) for fitting in fittings]
-        of_train = np.repeat(np.isin(np.arange(len(ratings.user_ids)), problem.train), np.diff(ratings.offsets))
-        counts = torch.from_numpy(np.bincount(ratings.items[of_train], minlength=n_items)).float()
-    scale = (problem.mean, problem.std, ratings.low, ratings.high)
-    system = Ensemble(n_items, options, scale, counts, starts)
-    if fit_items and options.cross_fit:
-        for number, (member, fitting) in enumerate(zip(system.members, fittings, strict=True)):
-            tables = {name: table[1:] for name, table in member.learner.tables().items()}
-            nothing = {name: table.new_zeros(options.cross_fit + 1, *table.shape) for name, table in tables.items()}
-            member.learner.shift_items(item_tables.fit_apart(*fitting, starts[number]) if starts else nothing)
+    n_items, members = len(problem.ratings.item_ids), member_options(options)
+    scale = (problem.mean, problem.std, problem.ratings.low, problem.ratings.high)
+    if options.head == "plain":
+        return Ensemble(n_items, options, scale), [None] * len(members)
+    fits = [item_tables.fit(problem.sequences, problem.train, n_items, own) for own in members]
+    counts = torch.from_numpy(item_tables.count_ratings(problem.sequences, problem.train, n_items)).float()
+    system = Ensemble(n_items, options, scale, counts, [fit.whole for fit in fits])
+    return system, [fit.shifts for fit in fits]
+
+
+def restore_system(n_items, options, state, source):
+    """The `Ensemble` of a state dictionary; UserError where it is not of this model and these sizes."""
+    if any(getattr(options, name) > 8 * utils.USUAL[name] for name in utils.OF_MODEL):  # else it is built in no time
+        one = argparse.Namespace(**{**vars(options), "members": 1})
+        with torch.device("meta"):  # tells sizes without taking memory, but takes seconds to import
+            of_one = Ensemble(n_items, one, (0, 1, 0, 1)).state_dict()
+        check_parameters({name: state.get(name) for name in of_one}, of_one, source)
+    system = Ensemble(n_items, options, (0, 1, 0, 1))
+    load_parameters(system, state, source)
     return system
 
 
 def load_parameters(system, state, source):
     """Load a state dictionary; UserError where it is not of this model and these sizes."""
-    try:
-        system.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{source} does not fit its own options (other names or sizes): use another checkpoint"
-        ) from error
+    check_parameters(state, system.state_dict(), source)
+    system.load_state_dict(state)
+
+
+def check_parameters(state, expected, source):
+    """UserError where a state dictionary has other names, shapes or types than expected, or makes no sense."""
+
+    def is_like(tensor, other):
+        alike = isinstance(tensor, torch.Tensor) and (tensor.shape, tensor.dtype) == (other.shape, other.dtype)
+        return alike and bool(tensor.isfinite().all())
+
+    fits = state.keys() == expected.keys() and all(is_like(state[name], other) for name, other in expected.items())
+    if fits:
+        _, std, low, high = state["members.0.scale"].tolist()
+        fits = std > 0 and low < high
+    if not fits:
+        raise UserError(f"{source} does not fit its own options (other names, sizes or values): use another file")
+
+
+# -----------------------------------------------------------------------------
+# the meta-objective
+
+
+def step_weights(steps, iteration, horizon):
+    """Weights of the query losses after inner steps 1..N in the multi-step loss (MAML++), shape (N,).
+
+    For i < N: w_i = max(1/N - e/(N E), 0.03/N); w_N = min(1/N + e (N-1)/(N E), 1 - 0.03 (N-1)/N), at iteration
+    e < E, the horizon. From there on the last step counts alone.
+    """
+    if iteration >= horizon:
+        return torch.eye(steps)[-1]
+    early = max(1 / steps - iteration / (steps * horizon), 0.03 / steps)
+    last = min(1 / steps + iteration * (steps - 1) / (steps * horizon), 1 - 0.03 * (steps - 1) / steps)
+    return torch.tensor([early] * (steps - 1) + [last])
+
+
+def objective_weights(options, iteration):
+    """Weights of the query losses after 0..K inner steps in the meta-objective, shape (K + 1,)."""
+    steps = options.num_inner_steps
+    if steps == 0:
+        return torch.ones(1)
+    horizon = options.multi_step_loss_num_epochs if options.use_multi_step else 0
+    return F.pad(step_weights(steps, iteration, horizon), (1, 0))
+
+
+def query_losses(predictions, tasks, loss=torch.square, weight=1):
+    """`loss` of the errors of each task's queries times a `weight` (T, Q), averaged over the queries: (T, K + 1)."""
+    errors = loss(predictions - tasks.query_ratings[:, None]) * (tasks.query * weight)[:, None]
+    return errors.sum(-1) / tasks.query.sum(-1, keepdim=True)
+
+
+def meta_loss(system, tasks, weights, shifts, n_tasks):
+    """The meta-objective of tasks that are a part of `n_tasks`: (loss, figures (3,)).
+
+    Each member of the system follows its own loss, whose weights (K + 1,) are those of `objective_weights`. The figures
+    are the squared error before adapting and after it, and the absolute error after it, of the members' mean.
+    """
+    loss, predictions = 0, []
+    for member, shift in zip(system.members, shifts, strict=True):
+        predicted = member(tasks, system.options.use_second_order, shift)
+        loss = loss + (query_losses(predicted, tasks, weight=tasks.query_weight).sum(0) @ weights) / n_tasks
+        predictions.append(predicted.detach())
+    mean = torch.stack(predictions).mean(0)
+    squared, absolute = query_losses(mean, tasks).sum(0), query_losses(mean, tasks, torch.abs).sum(0)
+    return loss, torch.stack([squared[0], squared[-1], absolute[-1]]) / n_tasks

@@ -1,7 +1,7 @@
 """Simple rating predictors, scored on the same targets as the learners.
 
-Each is fitted to the training users' ratings alone, has its few constants chosen on the validation users, and
-predicts a rating of a user it has never seen from that user's support. Shapes: T targets, S longest support.
+Each is fitted to the training users' ratings, has its few constants chosen on the validation users, and predicts a
+new user's rating from the user's support. Shapes: T targets, S longest support.
 """
 
 from functools import partial
@@ -9,24 +9,24 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 from scipy import sparse
 
-from evaluation.metrics import prediction_errors
-from utils import UserError, random_stream
+from evaluation.metrics import ORDER_TARGETS, prediction_errors
+from utils import random_stream
 
 ITEM_DAMPING = (2.0, 5.0, 10.0, 20.0)
 USER_DAMPING = (2.0, 3.0, 5.0, 10.0)
 FACTORS = (10, 20)
 REGULARISATION = (4.0, 8.0, 14.0)
+USUAL = 10, 8.0  # factors and regularisation where they are not chosen
 RIDGE = (0.25, 0.5, 1.0, 2.0)
 VALIDATION_TARGETS = 5  # the constants are chosen on this many last ratings of each validation user
-MOST_FACTORISED = 3_000_000  # ratings, for `reference_rmse`
-BLOCK = 4096  # users or items solved for at a time; bounds the memory
+MOST_FACTORISED = 3_000_000  # ratings; with more, one factorisation is fitted instead of one for each choice
+BLOCK = 4096  # users, items or targets computed at a time; bounds the memory
 
 
 class Support(NamedTuple):
-    """What is known of the users, and the items to predict. Padding follows the ratings: item -1, value 0."""
+    """Users' known ratings, and the item to predict for each. Padding follows the ratings: item -1, value 0."""
 
     items: np.ndarray  # (T, S) int64, item numbers, oldest first
     values: np.ndarray  # (T, S) float64
@@ -38,15 +38,35 @@ def last_support(ratings, users, longest, back=0):
 
     Users who have no such rating are left out.
     """
-    end = ratings.offsets[users + 1] - 1 - back
-    start, end = np.maximum(ratings.offsets[users], end - longest), end
-    start, end = start[end >= ratings.offsets[users]], end[end >= ratings.offsets[users]]
+    target = ratings.offsets[users + 1] - 1 - back
+    inside = target >= ratings.offsets[users]
+    return take_support(ratings, users[inside], target[inside], target[inside], longest)
+
+
+def order_support(ratings, users, longest):
+    """The targets whose order is scored, user by user: (user (T,), Support, target (T,)).
+
+    These are each user's last ten ratings, of a shorter user all but one; the support is the ratings before them, up
+    to `longest`. Users with fewer than three ratings have no two targets and are left out.
+    """
+    length = np.diff(ratings.offsets)
+    users = users[length[users] > 2]
+    count = np.minimum(ORDER_TARGETS, length[users] - 1)
+    first = np.repeat(ratings.offsets[users + 1] - count, count)
+    target = first + np.arange(len(first)) - np.repeat(np.cumsum(count) - count, count)
+    users = np.repeat(users, count)
+    return users, *take_support(ratings, users, first, target, longest)
+
+
+def take_support(ratings, users, end, target, longest):
+    """Up to `longest` of each user's ratings before row `end`, and the rating of row `target`: (Support, target)."""
+    start = np.maximum(ratings.offsets[users], end - longest)
     place = start[:, None] + np.arange(longest)
     inside = place < end[:, None]
     place = np.minimum(place, end[:, None])
     items = np.where(inside, ratings.items[place], -1).astype(np.int64)
     values = np.where(inside, ratings.values[place], 0).astype(np.float64)
-    return Support(items, values, ratings.items[end].astype(np.int64)), ratings.values[end].astype(np.float64)
+    return Support(items, values, ratings.items[target].astype(np.int64)), ratings.values[target].astype(np.float64)
 
 
 # -----------------------------------------------------------------------------
@@ -76,7 +96,7 @@ def fit_effects(ratings, train_users, damping=5.0):
 
 
 def factorise(ratings, train_users, k, regularisation, sweeps=10, seed=0, damping=(5.0, 10.0)):
-    """Matrix factorisation by alternating least squares of what item and user effects leave.
+    """Matrix factorisation, by alternating least squares, of the ratings without item and user effects.
 
     Returns (mean, item_effect (n_items,), item_factor (n_items, k)) in units of ratings. The training users'
     effects and vectors have mean 0 and the vectors covariance 1; the factors are orthogonal, largest first,
@@ -120,9 +140,9 @@ def ridge_rows(matrix, factor, regularisation):
 
 
 def principal_axes(user_factor, item_factor):
-    """`item_factor` turned as `factorise` says; its products with users' vectors stay what they are.
+    """`item_factor` rotated as `factorise` says; its products with the users' vectors do not change.
 
-    einsum and not @: the order in which BLAS adds may depend on the number of threads.
+    einsum and not @, because the order in which BLAS adds may depend on the number of threads.
     """
     variance, axes = np.linalg.eigh(np.einsum("uk,ul->kl", user_factor, user_factor) / len(user_factor))
     turned = np.einsum("ik,kl->il", item_factor, axes * np.sqrt(np.maximum(variance, 0)))
@@ -136,24 +156,11 @@ def principal_axes(user_factor, item_factor):
 # prediction, from a support
 
 
-def predict_mean(mean, support):
-    """The global mean: (T,)."""
-    return np.full(len(support.target_item), mean)
-
-
-def predict_user_mean(mean, support):
-    """The mean of the user's support ratings, the global mean where there are none: (T,)."""
-    count = (support.items >= 0).sum(1)
-    return np.where(count > 0, support.values.sum(1) / np.maximum(count, 1), mean)
-
-
-def predict_item_effect(mean, item_effect, support):
-    """The item's damped mean: (T,)."""
-    return mean + item_effect[support.target_item]
-
-
 def predict_effects(mean, item_effect, user_damping, support):
-    """Mean + item effect + the user's damped mean deviation from these in the support: (T,)."""
+    """Mean + item effect + the user's damped mean deviation from these in the support: (T,).
+
+    Infinite damping leaves the user out; without damping and item effects it is the mean of the user's ratings.
+    """
     known = support.items >= 0
     rest = np.where(known, support.values - mean - item_effect[support.items], 0)
     user_effect = rest.sum(1) / np.maximum(known.sum(1) + user_damping, 1e-9)
@@ -161,7 +168,7 @@ def predict_effects(mean, item_effect, user_damping, support):
 
 
 def predict_factors(mean, item_effect, item_factor, ridge, user_damping, support):
-    """A factorisation's predictions (T,); user effect and vector by ridge regression on the support."""
+    """A factorisation's predictions (T,), with user effect and vector from a ridge regression on the support."""
     known = support.items >= 0
     rest = np.where(known, support.values - mean - item_effect[support.items], 0)
     design = np.concatenate([item_factor, np.ones((len(item_factor), 1))], axis=1)
@@ -179,15 +186,16 @@ def predict_factors(mean, item_effect, item_factor, ridge, user_damping, support
 def candidates(ratings, train_users):
     """Every predictor that may be chosen, fitted: (name, constants, function of a `Support`)."""
     effects = {damping: fit_effects(ratings, train_users, damping) for damping in ITEM_DAMPING}
-    mean, _ = effects[ITEM_DAMPING[0]]
-    yield "global mean", {}, partial(predict_mean, mean)
-    yield "user mean", {}, partial(predict_user_mean, mean)
+    without_items = effects[ITEM_DAMPING[0]][0], np.zeros(len(ratings.item_ids))
+    yield "global mean", {}, partial(predict_effects, *without_items, np.inf)
+    yield "user mean", {}, partial(predict_effects, *without_items, 0.0)
     for item_damping, fitted in effects.items():
-        yield "item effect", dict(item_damping=item_damping), partial(predict_item_effect, *fitted)
+        yield "item mean", dict(item_damping=item_damping), partial(predict_effects, *fitted, np.inf)
         for user_damping in USER_DAMPING:
             constants = dict(item_damping=item_damping, user_damping=user_damping)
-            yield "user + item effects", constants, partial(predict_effects, *fitted, user_damping)
-    for k, regularisation in product(FACTORS, REGULARISATION):
+            yield "damped means", constants, partial(predict_effects, *fitted, user_damping)
+    is_large = len(ratings.values) > MOST_FACTORISED
+    for k, regularisation in [USUAL] if is_large else product(FACTORS, REGULARISATION):
         fitted = factorise(ratings, train_users, k, regularisation)
         for ridge, user_damping in product(RIDGE, USER_DAMPING):
             constants = dict(k=k, regularisation=regularisation, ridge=ridge, user_damping=user_damping)
@@ -201,17 +209,23 @@ def fit_baselines(ratings, train_users, validation_users, max_seq_len):
     support = Support(*(np.concatenate(parts) for parts in zip(*supports, strict=True)))
     target, best = np.concatenate(targets), {}
     for name, constants, predictor in candidates(ratings, train_users):
-        error = np.mean(prediction_errors(target, predictor(support), ratings.low, ratings.high) ** 2)
+        error = np.mean(prediction_errors(target, predict(predictor, support), ratings.low, ratings.high) ** 2)
         if name not in best or error < best[name][0]:
             best[name] = error, constants, predictor
     return {name: entry[2] for name, entry in best.items()}, {name: entry[1] for name, entry in best.items()}
 
 
+def predict(predictor, support):
+    """A predictor's predictions (T,), not clipped to the scale, made for a bounded number of targets at a time."""
+    blocks = range(0, max(1, len(support.target_item)), BLOCK)
+    return np.concatenate([predictor(Support(*(part[i : i + BLOCK] for part in support))) for i in blocks])
+
+
 def reference_rmse(ratings, train_users, users, max_seq_len, num_targets):
     """RMSE of damped means and of a matrix factorisation on the last ratings of `users`, as lines to compare with.
 
-    {name: RMSE}, on the targets of `training.evaluate`. Half a second for a million ratings: one factorisation of a
-    usual size, left out of large data, and only the users' damping is chosen, on these targets themselves.
+    {name: RMSE}, on the targets of `evaluate.evaluate`. It takes half a second for a million ratings: there is one
+    factorisation, none for large data, and only the users' damping is chosen, on these targets themselves.
     """
     length, longest = np.diff(ratings.offsets), max_seq_len - 1
     pairs = [last_support(ratings, users[length[users] > back + 1], longest, back) for back in range(num_targets)]
@@ -219,53 +233,11 @@ def reference_rmse(ratings, train_users, users, max_seq_len, num_targets):
     effects = fit_effects(ratings, train_users)
     found = {"damped means": [partial(predict_effects, *effects, damping) for damping in USER_DAMPING]}
     if length[train_users].sum() <= MOST_FACTORISED:
-        fitted = factorise(ratings, train_users, FACTORS[0], REGULARISATION[1], sweeps=5)
+        fitted = factorise(ratings, train_users, *USUAL, sweeps=5)
         found["matrix factorisation"] = [partial(predict_factors, *fitted, r, USER_DAMPING[1]) for r in RIDGE]
 
-    def error(predict):
-        squared = [prediction_errors(t, predict(s), ratings.low, ratings.high) ** 2 for s, t in pairs]
+    def error(predictor):
+        squared = [prediction_errors(t, predict(predictor, s), ratings.low, ratings.high) ** 2 for s, t in pairs]
         return float(np.sqrt(np.concatenate(squared).mean()))
 
     return {name: min(map(error, predictors)) for name, predictors in found.items()}
-
-
-def score_baselines(ratings, train_users, validation_users, test_users, max_seq_len, shots=()):
-    """Predictions of the test users' last ratings: ({name: (1 + len(shots), T)}, {name: constants chosen}).
-
-    The first row is from up to `max_seq_len` - 1 ratings of support; the others from the last 1, 2, ... that
-    `shots` lists. Nothing is clipped to the scale.
-    """
-    predictors, chosen = fit_baselines(ratings, train_users, validation_users, max_seq_len)
-    longest = max_seq_len - 1
-    supports = [last_support(ratings, test_users, min(n, longest))[0] for n in (longest, *shots)]
-    return {name: np.stack([predict(s) for s in supports]) for name, predict in predictors.items()}, chosen
-
-
-def lenskit_predictions(ratings, train_users, support, damping, k, regularisation, seed=0):
-    """LensKit's bias model and its biased ALS, an independent implementation: {"bias": (T,), "als": (T,)}.
-
-    `damping` is (item, user). Unlike ours, its ALS splits the effects off in one pass, keeps the new user's
-    effect while solving for the vector, and multiplies `regularisation` by the number of ratings.
-    """
-    try:
-        from lenskit import als, basic, data, training
-    except ImportError as error:
-        raise UserError(f"LensKit cannot be imported ({error}); pip install lenskit==2025.8.1") from error
-    columns = zip(("user_id", "item_id", "rating"), training_rows(ratings, train_users), strict=True)
-    damping = dict(zip(("item", "user"), damping, strict=True))
-    scorers = {
-        "bias": basic.BiasScorer(damping=damping),
-        "als": als.BiasedMFScorer(embedding_size=k, regularization=regularisation, damping=damping),
-    }
-
-    def predict(scorer, items, values, target):
-        history = data.ItemList(item_ids=items[items >= 0], rating=values[items >= 0])
-        return scorer(data.RecQuery(history_items=history), data.ItemList(item_ids=[target])).scores()[0]
-
-    table = data.from_interactions_df(pd.DataFrame(dict(columns)))
-    for scorer in scorers.values():
-        scorer.train(table, training.TrainingOptions(rng=seed))
-    rows = list(zip(*support, strict=True))
-    found = {name: np.array([predict(scorer, *row) for row in rows]) for name, scorer in scorers.items()}
-    # an item or user without ratings has no vector in LensKit's ALS: what remains is the bias model
-    return found | {"als": np.where(np.isfinite(found["als"]), found["als"], found["bias"])}

@@ -13,24 +13,27 @@ import utils
 from evaluation import baselines, metrics
 from models import checkpoint
 from ratings import table
-from utils import choose_device
+from utils import UserError, choose_device
 
-# What --test takes from the command line, but where that leaves it None or 0; everything else is the checkpoint's own.
-FROM_COMMAND = ("data_path", "cache_dir", "data_url", "device", "log_dir", "task_chunk")
+# What --test takes from the command line, never from a checkpoint, which may be somebody else's.
+FROM_COMMAND = (*option_module.PLACES, "device")
 
 
 def load_system(path, options, problem=None):
-    """The trained system of a checkpoint, its own options, its problem and its step: (system, options, problem, step).
+    """Load a checkpoint's trained system: (system, its options, its problem, its step).
 
-    UserError where the checkpoint is damaged, of another model, or belongs to other data than those at hand.
+    UserError where the checkpoint is damaged, is of another model, or belongs to other data.
     """
-    state = checkpoint.load_checkpoint(path, checkpoint.STATE)
-    given = {name: value for name in FROM_COMMAND if (value := getattr(options, name)) not in (None, 0)}
+    state = checkpoint.load_checkpoint(path, checkpoint.WEIGHTS)
+    given = {name: getattr(options, name) for name in FROM_COMMAND}
+    if options.task_chunk:
+        given["task_chunk"] = options.task_chunk
     stored = option_module.restore(state["options"], given, path)
+    if stored.mode != options.mode:  # it decides which data set is downloaded
+        raise UserError(f"{path} was trained with --mode={stored.mode}, not {options.mode}: give that --mode")
     problem = problem or dataloader.load_problem(stored)
     checkpoint.check_fingerprint(state["fingerprint"], problem.ratings.fingerprint, path)
-    system = maml.build_system(problem, stored, fresh=False)
-    maml.load_parameters(system, state["system"], path)
+    system = maml.restore_system(len(problem.ratings.item_ids), stored, state["system"], path)
     return system.to(choose_device(options.device, stored.deterministic)), stored, problem, state["step"]
 
 
@@ -39,67 +42,69 @@ def test(folder, options):
     path = checkpoint.checkpoint_path(folder, options.checkpoint_step)
     system, stored, problem, step = load_system(path, options)
     with utils.naming_what_to_lower(stored):
-        scored = evaluate(system, problem, problem.test)
+        last, ordered = evaluate(system, problem, problem.test), evaluate_order(system, problem, problem.test)
     users = f"fold {stored.fold} of {stored.num_folds}" if stored.fold >= 0 else "drawn"
-    print(f"{folder.name}, {path.name}: {len(scored.user)} test users ({users} by seed {stored.random_seed})")
-    report = {"checkpoint": path.name, "step": step, "options": finite(vars(stored))}
-    report |= figures(scored, scored.prediction, problem.ratings)
-    print_figures(report)
-    if options.test_baseline:
-        report["simple_predictors"] = simple_predictors(problem, stored, scored)
-        print_table(report["simple_predictors"])
+    print(f"{folder.name}, {path.name}: {len(last.user)} test users ({users} by seed {stored.random_seed})")
+    options_report = {n: str(v) if v == float("inf") else v for n, v in vars(stored).items()}  # JSON knows no infinity
+    report = {"checkpoint": path.name, "step": step, "options": options_report}
+    report |= figures(last.target, last.prediction, problem.ratings)
+    report["order"] = order_figures(ordered.user, ordered.target, ordered.prediction, problem.ratings)
+    report["simple_predictors"] = simple_predictors(problem, stored)
+    print_figures(folder.name, report)
     utils.write_json(folder / "test.json", report)
     print(f"written to {folder / 'test.json'}", file=sys.stderr)
     return report
 
 
-def figures(scored, prediction, ratings):
-    """RMSE, MAE and macro-RMSE with standard errors, and the RMSE of each rating level."""
-    errors = metrics.prediction_errors(scored.target, prediction, ratings.low, ratings.high)
-    level = table.nearest_level(scored.target, ratings.levels)
+def figures(target, prediction, ratings):
+    """RMSE, MAE and macro-RMSE with standard errors, and the RMSE of each rating level, as JSON takes them."""
+    errors = metrics.prediction_errors(target, prediction, ratings.low, ratings.high)
+    level = table.nearest_level(target, ratings.levels)
     by_level = metrics.rmse_by_group(errors**2, level, len(ratings.levels))
-    summary = metrics.summary(errors**2, abs(errors), level)
+    names = "rating", "rmse", "rmse_se", "n"
+    rows = zip(ratings.levels.tolist(), *(column.tolist() for column in by_level), strict=True)
     return {
-        **{name: none_if_nan(value) for name, value in summary.items()},
-        "by_rating": [
-            {"rating": float(value), "n": int(n), "rmse": none_if_nan(rmse), "rmse_se": none_if_nan(error)}
-            for value, (rmse, error, n) in zip(ratings.levels, zip(*by_level, strict=True), strict=True)
-        ],
+        **none_for_nan(metrics.summary(errors**2, abs(errors), level)),
+        "by_rating": [none_for_nan(dict(zip(names, row, strict=True))) for row in rows],
     }
 
 
-def finite(options):
-    """The options with infinite ones as text: JSON knows no infinity."""
-    return {name: str(value) if value == float("inf") else value for name, value in options.items()}
+def order_figures(user, target, prediction, ratings):
+    """How well the predictions order each user's last ratings, with standard errors; {"users": 0} without users."""
+    if len(user) == 0:
+        return {"users": 0}
+    return none_for_nan(metrics.order_summary(metrics.order_by_user(user, target, prediction, ratings.low)[1]))
 
 
-def none_if_nan(value):
-    """JSON knows no nan."""
-    return value if np.isfinite(value) else None
+def none_for_nan(report):
+    """The figures with None for nan, which JSON does not know."""
+    return {name: value if np.isfinite(value) else None for name, value in report.items()}
 
 
-def print_figures(report):
-    """Print what `figures` gave."""
-    for name, label in (("rmse", "RMSE"), ("mae", "MAE"), ("macro_rmse", "macro-RMSE")):
-        print(f"{label:<12}{metrics.text(report[name])}  (standard error {metrics.text(report[f'{name}_se'])})")
+def simple_predictors(problem, options):
+    """`figures` and `order_figures` of each simple predictor on the test users' targets, by name."""
+    ratings, longest, reports = problem.ratings, options.max_seq_len - 1, {}
+    predictors, _ = baselines.fit_baselines(ratings, problem.train, problem.validation, options.max_seq_len)
+    for name, predictor in predictors.items():
+        last, ordered = (evaluate_simple(predictor, problem, longest, order) for order in (False, True))
+        reports[name] = figures(last.target, last.prediction, ratings)
+        reports[name]["order"] = order_figures(ordered.user, ordered.target, ordered.prediction, ratings)
+    return reports
+
+
+def print_figures(name, report):
+    """Print a run's figures, those of the simple predictors below them, and the run's RMSE by rating."""
+    rows = {name: report, **report["simple_predictors"]}
+    table_rows = [["", "RMSE", "(standard error)", "MAE", "macro-RMSE", "nDCG@10", "pairs in order"]]
+    for label, row in rows.items():
+        values = [row[key] for key in ("rmse", "rmse_se", "mae", "macro_rmse")]
+        values += [row["order"].get(key) for key in ("ndcg@10", "pairs")]
+        table_rows.append([label, *map(metrics.text, values)])
+    print(f"\n{metrics.aligned(table_rows)}")
+    print("\nErrors are those of each user's last rating; the lowest is best. The order is that of their last ten;")
+    print(f"the highest is best. RMSE of {name} by the rating that was given:")
     for row in report["by_rating"]:
         print(f"  rating {row['rating']:<5g} RMSE {metrics.text(row['rmse'])}  ({row['n']} targets)")
-
-
-def simple_predictors(problem, options, scored):
-    """`figures` of each simple predictor on the same targets, by name."""
-    users = problem.train, problem.validation, scored.user
-    predictions, _ = baselines.score_baselines(problem.ratings, *users, options.max_seq_len)
-    return {name: figures(scored, prediction[0], problem.ratings) for name, prediction in predictions.items()}
-
-
-def print_table(reports):
-    """Print one line of figures for each method."""
-    width = max(map(len, reports))
-    print(f"{'':<{width}}  RMSE (standard error)   MAE     macro-RMSE")
-    for name, report in reports.items():
-        rmse, error, mae, macro = (metrics.text(report[key]) for key in ("rmse", "rmse_se", "mae", "macro_rmse"))
-        print(f"{name:<{width}}  {f'{rmse} ({error})':<24}{mae}  {macro}")
 
 
 class Scored(NamedTuple):
@@ -109,48 +114,77 @@ class Scored(NamedTuple):
     item: np.ndarray  # item numbers of the targets
     support: np.ndarray  # number of support ratings
     target: np.ndarray  # the ratings
-    prediction: np.ndarray  # on the data's scale, clipped to it
+    prediction: np.ndarray  # on the data's scale; clipped to it by `evaluate`, not by `evaluate_order`
     unadapted: np.ndarray  # the same before the first inner step
 
 
 @torch.no_grad()
 def predict(system, tasks):
-    """Predicted ratings (T, K + 1) of each task's single query after 0..K inner steps, float64 on the data's scale."""
-    found = np.empty((len(tasks.table), system.options.num_inner_steps + 1))
-    for numbers, part in dataloader.by_size(tasks, system.options.task_chunk, system.scale.is_cuda, dataloader.AT_ONCE):
-        found[numbers] = system.to_rating(system(part.to(system.scale.device))[..., 0]).cpu().numpy()
+    """Standardised predictions (T, K + 1, Q) of each task's queries after 0..K inner steps; nan where there is none."""
+    found = np.full((len(tasks.table), system.options.num_inner_steps + 1, tasks.query.shape[1]), np.nan)
+    for numbers, part in dataloader.parts(tasks, system.scale.device, chunk=system.options.task_chunk):
+        found[numbers] = system(part).cpu().numpy()
     return found
 
 
 def evaluate(system, problem, users, shots=None, num_targets=1):
     """`Scored` for the last rating of each user, or the last `num_targets`, each with the ratings before it as support.
 
-    `shots` limits the support to the most recent ratings.
+    `shots` limits the support to that many of the most recent ratings; with 0 nothing is known of the user.
     """
-    sequences, parts = problem.sequences, []
+    sequences, ratings, parts = problem.sequences, problem.ratings, []
     for back in range(num_targets):
         users = users[sequences.offsets[users + 1] - sequences.offsets[users] > back + 1]
         if back and not len(users):
             break
         tasks = dataloader.last_tasks(sequences, users, system.options, shots, back)
         at = sequences.offsets[users + 1] - 1 - back
-        predictions = predict(system, tasks)
-        target = problem.ratings.values[at].astype(np.float64)
-        support = tasks.query_last.numpy() + 1
-        parts.append((users, problem.ratings.items[at], support, target, predictions[:, -1], predictions[:, 0]))
+        predictions = predict(system, tasks)[..., 0] * problem.std + problem.mean
+        predictions = np.clip(predictions, ratings.low, ratings.high)
+        target, support = ratings.values[at].astype(np.float64), tasks.n_support.numpy()
+        parts.append((users, ratings.items[at], support, target, predictions[:, -1], predictions[:, 0]))
     return Scored(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def evaluate_order(system, problem, users):
+    """`Scored` for each user's last ten ratings, all of them queries of one task, with the ratings before them as
+    support; the users and targets are those of `baselines.order_support`."""
+    sequences, ratings = problem.sequences, problem.ratings
+    length = np.diff(sequences.offsets)
+    users = users[length[users] > 2]
+    count = np.minimum(metrics.ORDER_TARGETS, length[users] - 1)
+    if not len(users):
+        return Scored(*np.zeros((len(Scored._fields), 0)))
+    tasks = dataloader.last_tasks(sequences, users, system.options, count=count)
+    user, query = tasks.query.numpy().nonzero()
+    at, n_support = (sequences.offsets[users + 1] - count)[user] + query, tasks.n_support.numpy()
+    predictions = predict(system, tasks)[user, :, query] * problem.std + problem.mean
+    target = ratings.values[at].astype(np.float64)
+    return Scored(users[user], ratings.items[at], n_support[user], target, predictions[:, -1], predictions[:, 0])
+
+
+def evaluate_simple(predictor, problem, shots, order=False):
+    """`Scored` for the test users' last ratings by one of `baselines.fit_baselines`, with `shots` support ratings.
+
+    With `order` it is for their last ten ratings, as `evaluate_order` gives it.
+    """
+    user = problem.test
+    if order:
+        user, support, target = baselines.order_support(problem.ratings, user, shots)
+    else:
+        support, target = baselines.last_support(problem.ratings, user, shots)
+    prediction = baselines.predict(predictor, support)
+    return Scored(user, support.target_item, (support.items >= 0).sum(1), target, prediction, prediction)
 
 
 @torch.no_grad()
 def support_weights(system, problem, users):
-    """Of users' support ratings, some users at a time: (place of the user in `users`, number of the rating's level,
-    weight at each inner step (n, K), how often the rating counts)."""
-    options, device = system.options, system.scale.device
-    at_once = options.task_chunk or max(1, dataloader.AT_ONCE // (options.num_samples * (options.max_seq_len - 1)))
-    for first in range(0, len(users), at_once):
-        tasks = dataloader.last_tasks(problem.sequences, users[first : first + at_once], options).to(device)
-        weights = system.explain(tasks)[1].movedim(1, -1)[tasks.support].cpu().numpy()
-        values = system.to_rating(tasks.ratings[tasks.support]).cpu().numpy()
-        user = first + tasks.support.nonzero()[:, 0].cpu().numpy()
-        times = tasks.times[tasks.support].cpu().numpy()
+    """Yield for some users at a time what the loss network makes of their n support ratings: place of the user in
+    `users`, number of the rating's level, weight at each inner step (n, K), how often the rating counts."""
+    tasks = dataloader.last_tasks(problem.sequences, users, system.options)
+    for numbers, part in dataloader.parts(tasks, system.scale.device, chunk=system.options.task_chunk):
+        real = part.segment > 0
+        weights = system.explain(part)[1].movedim(1, -1)[real].cpu().numpy()
+        values = system.to_rating(part.ratings[real]).cpu().numpy()
+        user, times = numbers[real.nonzero()[:, 0].cpu()].numpy(), part.times[real].cpu().numpy().astype(np.int64)
         yield user, table.nearest_level(values, problem.ratings.levels), weights, times

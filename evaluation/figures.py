@@ -1,6 +1,7 @@
 """Pictures of a comparison, PNG and SVG, told apart by colour, marker and line: for print and colour-blind readers.
 
-Each picture has a panel for each learner. Where a target was predicted with several seeds, errors are averaged first.
+Bands and bars are 95 % intervals over test users. Methods that lie close together are drawn as paired differences
+from the damped means, which leaves out what makes some users harder than others for all methods.
 """
 
 import io
@@ -11,74 +12,198 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import utils
-from evaluation import metrics
-from evaluation.tables import METHODS, at_full_support, groups_of, learner_name, per_target, select
+from evaluation import metrics, results
+from evaluation.results import DAMPED, PLACE, at_full_support, per_target, select
+from evaluation.tables import full_title, learner_name, title
 
-# colours of Okabe and Ito
+# colours of Okabe and Ito, each for one series in all pictures
 LOOK = {
-    "basic": {"color": "#E69F00", "marker": "s", "linestyle": "--"},
-    "fomaml": {"color": "#56B4E9", "marker": "^", "linestyle": "-."},
-    "maml": {"color": "#009E73", "marker": "D", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
-    "melo": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
-}
-SIMPLE_LOOK = (
-    {"color": "#000000", "marker": "x", "linestyle": ":"},
-    {"color": "#777777", "marker": "+", "linestyle": ":"},
-)
-USERS_LOOK = {
+    "Basic": {"color": "#E69F00", "marker": "s", "linestyle": "--"},
+    "FO-MAML": {"color": "#56B4E9", "marker": "^", "linestyle": "-."},
+    "MAML": {"color": "#009E73", "marker": "D", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
+    "MELO": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
+    "matrix factorisation": {"color": "#000000", "marker": "x", "linestyle": ":"},
+    "damped means": {"color": "#777777", "marker": "+", "linestyle": "--"},
+    "item mean": {"color": "#CC79A7", "marker": "v", "linestyle": ":"},
+    "user mean": {"color": "#8C6D1F", "marker": "d", "linestyle": "-."},
     "balanced": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    "imbalanced": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "imbalanced": {"color": "#A6A000", "marker": "s", "linestyle": "--"},
 }
-STYLE = {"svg.hashsalt": "melo", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-PANELS_A_ROW = 3
+SIMPLE = ("user mean", "item mean", "damped means", "matrix factorisation")  # of the first picture
+STYLE = {"svg.hashsalt": "melo", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+WIDTH = 8.3  # inches; as wide as a README shows a picture, the text is 11 points high
+NAMES = {"amazon": "Amazon", "yelp": "Yelp", "sample": "the bundled sample", "csv": "own data", "parquet": "own data"}
 
 
-def draw_all(folder, cells, rows, about):
-    """Draw every picture of the cells' predictions `rows`, and of what is known of their runs, into the folder."""
-    groups = groups_of(cells, rows)
-    levels = np.array(next(iter(about.values()))["levels"])
-    shots = sorted(rows.shots.unique())
-
-    def by_support(group):
-        mine = select(rows, group)
-        targets = (per_target(mine[mine.shots == n], ["squared"]).squared for n in shots)
-        return np.array([metrics.rmse(t) for t in targets]).T
-
-    def by_level(group):
-        targets = per_target(at_full_support(select(rows, group)))
-        return metrics.rmse_by_group(targets.squared, targets.level, len(levels))[:2]
-
-    def by_balance(group):
-        targets = per_target(at_full_support(select(rows, group)))
-        return metrics.rmse_by_group(targets.squared, metrics.balance_group(targets.balance), 5)[:2]
-
+def draw_all(folder, cells, found):
+    """Draw every picture of the `results.Results` into the folder."""
+    groups = [group for group in results.groups_of(cells, found) if len(select(found.last, group))]
+    known = next(iter(found.about.values()))
+    levels, shots = np.array(known["levels"]), sorted(found.last.shots.unique())
+    where = f"{name_of(known['mode'])}, {found.last.user.nunique():,} test users, the last rating of each"
+    full = at_full_support(found.last)
+    balance = np.minimum(5 * full.balance.to_numpy(), 4).astype(np.int64)  # five bins of equal width over [0, 1]
     bins = [f"{i / 5:g}–{(i + 1) / 5:g}" for i in range(5)]
-    compared = panels(rows, groups)
+    panels = panels_of(groups)
     pictures = {
-        "cold_start": (shots, by_support, "support ratings (at most)"),
-        "by_rating": ([f"{level:g}" for level in levels], by_level, "rating of the target"),
-        "by_balance": (bins, by_balance, "balance of the user's ratings (0: all alike)"),
+        "cold_start_learners": (found.last, found.last.shots.to_numpy(), shots, shots, "ratings known of the user"),
+        "by_rating": (full, full.level.to_numpy(), range(len(levels)), [f"{v:g}" for v in levels], "rating to predict"),
+        "by_balance": (full, balance, range(5), bins, "balance of the user's ratings (0: all alike)"),
     }
     with matplotlib.rc_context(STYLE):
-        for name, (ticks, values, label) in pictures.items():
-            curves = {panel: [(*line[:2], *values(line[2])) for line in lines] for panel, lines in compared.items()}
-            save(folder, name, draw_categories(curves, ticks, label, "RMSE"))
-        save(folder, "weights", draw_weights(about, levels))
-        save(folder, "validation", draw_validation(about))
+        save(folder, "cold_start", draw_cold_start(found, groups, shots, where))
+        if DAMPED in groups and panels:
+            for name, (rows, part, parts, ticks, label) in pictures.items():
+                save(folder, name, draw_differences(rows.assign(part=part), panels, parts, ticks, label, where))
+        save(folder, "weights", draw_weights(found.about, levels, where))
+        save(folder, "validation", draw_validation(found.about, name_of(known["mode"])))
 
 
-def panels(rows, groups):
-    """{learner's name: [(label, look, group), ...]}: its methods, and the two best simple predictors."""
-    groups = [group for group in groups if len(select(rows, group))]
-    simple = [g for g in groups if g[0] == "simple" and select(rows, g).shots.nunique() == rows.shots.nunique()]
-    simple.sort(key=lambda group: at_full_support(select(rows, group)).squared.mean())
-    shown = [(group[1], look, group) for group, look in zip(simple, SIMPLE_LOOK, strict=False)]
+def name_of(mode):
+    """A data set's name for a title."""
+    return NAMES.get(mode, mode.replace("ml-", "MovieLens "))
+
+
+def panels_of(groups):
+    """{learner's name: the groups that its panel shows}: the learner's methods and the matrix factorisation."""
+    factors = [group for group in groups if group[1] == "matrix factorisation"]
     found = {}
-    for learner, method, paper in groups:
-        if learner != "simple":
-            line = METHODS[method], LOOK[method], (learner, method, paper)
-            found.setdefault(learner_name(learner, paper), []).append(line)
-    return {name: lines + shown for name, lines in found.items()} or {"": shown}
+    for group in groups:
+        if group[0] not in results.UNTRAINED:
+            found.setdefault(learner_name(group), []).append(group)
+    return {name: [*methods, *factors] for name, methods in found.items()}
+
+
+def draw_cold_start(found, groups, shots, where):
+    """RMSE against the number of known ratings: MELO against what people use. Of several learners, the one with the
+    lowest validation RMSE is shown; without MELO, another method."""
+    rows, trained = found.last, [group for group in groups if group[0] not in results.UNTRAINED]
+
+    def validated(group):
+        curves = [known["curve"] for cell, known in found.about.items() if cell[:3] == group and known.get("curve")]
+        return np.mean([min(rmse for _, rmse in curve) for curve in curves]) if curves else np.inf
+
+    order = sorted(trained, key=lambda group: (group[1] != "melo", validated(group)))
+    shown = [g for name in SIMPLE for g in groups if g[:2] == ("simple", name)] + order[:1]
+    figure, (panel,) = grid([""], "ratings known of the user (the most recent)", "RMSE of the predicted rating")
+    places = np.arange(len(shots))
+    for i, group in enumerate(shown):
+        mine = select(rows, group)
+        values, errors = np.array([metrics.rmse(per_target(mine[mine.shots == n]).squared.to_numpy()) for n in shots]).T
+        shift = 0.05 * (i - (len(shown) - 1) / 2)
+        style = LOOK[title(group)] | {"linewidth": 2.6 if group in trained else 1.4, "elinewidth": 0.7, "markersize": 6}
+        panel.errorbar(places + shift, values, metrics.NORMAL_95 * errors, label=full_title(group), **style)
+    panel.set_xticks(places, shots)
+    add_legend(figure, [panel])
+    figure.suptitle(f"Error with few ratings: {where}\n(bars: 95 % interval over users)", fontsize=12)
+    return figure
+
+
+def draw_differences(rows, panels, parts, ticks, label, where):
+    """Each method's RMSE minus that of the damped means in each of the `parts` of the rows, by learner."""
+    figure, axes = grid(panels, label, "RMSE − damped means'")
+    damped = select(rows, DAMPED)
+    for panel, groups in zip(axes, panels.values(), strict=True):
+        panel.axhline(0, color=LOOK["damped means"]["color"], linewidth=1.2)
+        for group in groups:
+            found = [paired(select(rows, group), damped, part) for part in parts]
+            middle, low, high = np.array([(c.difference, c.low, c.high) for c in found]).T
+            look = LOOK[title(group)]
+            panel.plot(middle, label=title(group), markersize=5, linewidth=1.6, **look)
+            panel.fill_between(range(len(parts)), low, high, color=look["color"], alpha=0.12, linewidth=0)
+        panel.set_xticks(range(len(ticks)), ticks)
+    add_legend(figure, axes)
+    note = "(below zero: better than the damped means; bands: paired 95 % interval)"
+    figure.suptitle(f"{where[0].upper()}{where[1:]}\n{note}", fontsize=12)
+    return figure
+
+
+def paired(rows, damped, part):
+    """`Comparison` of the RMSE of two methods on the targets of one part; nan where there are fewer than two."""
+    place = [*PLACE, "shots"]
+    other = damped[damped.part == part][[*place, "squared"]]
+    both = rows[rows.part == part].merge(other, on=place, suffixes=("", "_other"))
+    both = per_target(both, ("squared", "squared_other"))
+    if len(both) < 2:
+        return metrics.Comparison(*[np.nan] * 5)
+    return metrics.compare_rmse(both.squared.to_numpy(), both.squared_other.to_numpy())
+
+
+def draw_weights(about, levels, where):
+    """The weight of each rating level in the learned loss, by balanced and imbalanced users; None without MELO."""
+    found = {}
+    for cell, known in about.items():
+        if "weights" in known:
+            found.setdefault(learner_name(cell[:3]), []).append(known["weights"])
+    if not found:
+        return None
+    figure, axes = grid(found, "rating known of the user", "weight in the loss")
+    for panel, runs_of_panel in zip(axes, found.values(), strict=True):
+        for users in ("balanced", "imbalanced"):
+            weights = np.array([run[users] for run in runs_of_panel], np.float64)
+            known = np.isfinite(weights)
+            mean = np.where(known, weights, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
+            panel.plot(mean, label=f"most {users} third of users", markersize=5, **LOOK[users])
+        panel.axhline(1, color="#999999", linewidth=0.8)
+        panel.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
+    add_legend(figure, axes)
+    where = where.removesuffix(", the last rating of each") + "\n(1: as in the squared error; mean over runs)"
+    figure.suptitle(f"What a rating counts when MELO adapts: {where}", fontsize=12)
+    return figure
+
+
+def draw_validation(about, where):
+    """Validation RMSE against minutes of training: mean of a method's runs, and a band from the lowest to the highest
+    of them; None where nothing was trained."""
+    found = {}
+    for cell, known in about.items():
+        if len(known.get("curve", ())) > 1:
+            found.setdefault(learner_name(cell[:3]), {}).setdefault(title(cell[:3]), []).append(known["curve"])
+    if not found:
+        return None
+    figure, axes = grid(found, "minutes of training", "validation RMSE")
+    for panel, methods in zip(axes, found.values(), strict=True):
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+        for method, curves in methods.items():
+            length = min(map(len, curves))
+            seconds, rmse = np.moveaxis(np.array([curve[:length] for curve in curves]), -1, 0)
+            minutes = seconds.mean(0) / 60
+            panel.plot(minutes, rmse.mean(0), label=method, markersize=4, linewidth=1.4, **LOOK[method])
+            if len(curves) > 1:
+                band = {"color": LOOK[method]["color"], "alpha": 0.15, "linewidth": 0}
+                panel.fill_between(minutes, rmse.min(0), rmse.max(0), **band)
+    add_legend(figure, axes)
+    runs = max(len(curves) for methods in found.values() for curves in methods.values())
+    band = f"\n(mean and range of {runs} folds or seeds)" if runs > 1 else ""
+    figure.suptitle(f"Error on validation users while training: {where}{band}", fontsize=12)
+    return figure
+
+
+def grid(names, x_label, y_label):
+    """A figure with a panel for each name, in two columns or three: (figure, axes)."""
+    columns = len(names) if len(names) < 4 else 2 if len(names) == 4 else 3
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(WIDTH, 2.9 * lines + 1.6), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    for i, (name, panel) in enumerate(zip(names, axes, strict=False)):
+        panel.set_title(name, fontsize=11)
+        panel.set_xlabel(x_label if i + columns >= len(names) else "")
+        panel.set_ylabel(y_label if i % columns == 0 else "")
+        panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+        panel.set_axisbelow(True)
+    for panel in axes[len(names) :]:
+        panel.set_axis_off()
+    return figure, axes[: len(names)]
+
+
+def add_legend(figure, axes):
+    """One legend for all panels, in a place of the grid that is left or below them."""
+    lines, left = {}, figure.axes[len(axes) :]
+    for panel in axes:
+        for line, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            lines.setdefault(label, line)
+    place = {"loc": "center"} if left else {"loc": "outside lower center", "ncols": min(len(lines), 3)}
+    (left[0] if left else figure).legend(lines.values(), lines.keys(), frameon=False, handlelength=3.2, **place)
 
 
 def save(folder, name, figure):
@@ -88,86 +213,3 @@ def save(folder, name, figure):
             data = io.BytesIO()
             figure.savefig(data, format=kind, dpi=200, metadata=metadata, bbox_inches="tight")
             utils.write_atomic(folder / f"{name}.{kind}", data.getvalue())
-
-
-def grid(names, x_label, y_label):
-    """A figure with a panel for each name: (figure, axes)."""
-    columns = min(PANELS_A_ROW, len(names))
-    lines = -(-len(names) // columns)
-    figure = Figure(figsize=(max(3.1 * columns, 4.5), 2.6 * lines + 0.7), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
-    for i, (name, panel) in enumerate(zip(names, axes, strict=False)):
-        panel.set_title(name, fontsize=10)
-        panel.set_xlabel(x_label if i + columns >= len(names) else "")
-        panel.set_ylabel(y_label if i % columns == 0 else "")
-        panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-        panel.set_axisbelow(True)
-    for panel in axes[len(names) :]:
-        panel.remove()
-    return figure, axes[: len(names)]
-
-
-def add_legend(figure, axes):
-    """One legend for all panels, below them."""
-    lines = {}
-    for panel in axes:
-        for line, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            lines.setdefault(label, line)
-    columns = min(len(lines), 2 if figure.get_figwidth() < 6 else 3)
-    figure.legend(
-        lines.values(), lines.keys(), loc="outside lower center", ncols=columns, frameon=False, handlelength=3.2
-    )
-
-
-def draw_categories(curves, ticks, x_label, y_label):
-    """{panel: [(label, look, values, standard errors), ...]} over equally spaced ticks; bars of one standard error."""
-    figure, axes = grid(curves, x_label, y_label)
-    places = np.arange(len(ticks))
-    for panel, lines in zip(axes, curves.values(), strict=True):
-        for i, (label, look, values, errors) in enumerate(lines):
-            shift = 0.06 * (i - (len(lines) - 1) / 2)
-            panel.errorbar(
-                places + shift, values, errors, label=label, **look, markersize=4, linewidth=1.2, elinewidth=0.6
-            )
-        panel.set_xticks(places, ticks)
-    add_legend(figure, axes)
-    return figure
-
-
-def draw_weights(about, levels):
-    """The weight of each rating level in the learned loss, by balanced and imbalanced users; None without MELO."""
-    found = {}
-    for cell, known in about.items():
-        if "weights" in known:
-            found.setdefault(learner_name(cell.learner, cell.paper), []).append(known["weights"])
-    if not found:
-        return None
-    figure, axes = grid(found, "rating in the support", "weight in the loss")
-    for panel, runs_of_panel in zip(axes, found.values(), strict=True):
-        for users, look in USERS_LOOK.items():
-            weights = np.array([run[users] for run in runs_of_panel], np.float64)
-            known = np.isfinite(weights)
-            mean = np.where(known, weights, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
-            panel.plot(mean, label=f"{users} users (a third of all)", **look, markersize=4)
-        panel.axhline(1, color="#999999", linewidth=0.6)
-        panel.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
-    add_legend(figure, axes)
-    return figure
-
-
-def draw_validation(about):
-    """Validation RMSE against minutes of training, one line for each run; None where nothing was trained."""
-    found = {}
-    for cell, known in about.items():
-        if len(known.get("curve", ())) > 1:
-            found.setdefault(learner_name(cell.learner, cell.paper), []).append((cell.method, known["curve"]))
-    if not found:
-        return None
-    figure, axes = grid(found, "minutes of training", "validation RMSE")
-    for panel, lines in zip(axes, found.values(), strict=True):
-        panel.xaxis.set_major_locator(MaxNLocator(5))
-        for method, curve in lines:
-            seconds, rmse = np.array(curve).T
-            panel.plot(seconds / 60, rmse, label=METHODS[method], **LOOK[method], markersize=3, linewidth=1)
-    add_legend(figure, axes)
-    return figure

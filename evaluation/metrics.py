@@ -1,4 +1,4 @@
-"""Errors of rating predictions, with standard errors, on flat arrays: one entry for each target.
+"""Figures of rating predictions, with standard errors, on flat arrays: one entry for each target.
 
 Errors are summed over all targets and divided once, never averaged by batch. Targets of several folds are
 concatenated. Where a target was predicted with several seeds, average its errors over the seeds first:
@@ -12,11 +12,14 @@ import numpy as np
 from ratings import table
 from utils import UserError
 
+CUTS = (1, 3, 5, 10)  # of nDCG
+ORDER = (*(f"ndcg@{k}" for k in CUTS), "pairs")  # the figures of `order_by_user`
+ORDER_TARGETS = 10  # last ratings of a user that are to be ordered
 NORMAL_95 = 1.959964  # two-sided 95 % point of the normal distribution
 
 
 class Comparison(NamedTuple):
-    """A paired difference of two methods, first minus second: below zero means that the first is better."""
+    """A paired difference of two methods, first minus second. Errors are better low, figures of order high."""
 
     difference: float
     standard_error: float
@@ -39,8 +42,8 @@ def prediction_errors(target, prediction, low, high):
 
 def mean_with_error(values):
     """Mean and its standard error; the latter is nan for a single value."""
-    spread = values.std(ddof=1) if len(values) > 1 else np.nan
-    return float(values.mean()), float(spread / np.sqrt(len(values)))
+    deviation = values.std(ddof=1) if len(values) > 1 else np.nan
+    return float(values.mean()), float(deviation / np.sqrt(len(values)))
 
 
 def rmse_shares(squared):
@@ -93,43 +96,97 @@ def balance_score(values, mask, levels):
     return balance(at_level.sum(1))
 
 
-def balance_group(score, n_groups=5):
-    """The group 0..n_groups - 1 of each balance score, in bins of equal width over [0, 1]."""
-    return np.minimum((np.asarray(score) * n_groups).astype(np.int64), n_groups - 1)
-
-
-def score(target, prediction, low, high, levels):
-    """`summary` of one method's predictions (n,) of the targets (n,) on the scale [low, high]."""
-    errors = prediction_errors(target, prediction, low, high)
-    return summary(errors**2, abs(errors), table.nearest_level(target, levels))
-
-
 def summary(squared, absolute, level):
     """Number of targets, and RMSE, MAE and macro-RMSE with standard errors (`_se`), of errors (n,)."""
     figures = {"rmse": rmse(squared), "mae": mean_with_error(absolute), "macro_rmse": macro_rmse(squared, level)}
-    result = {"n": len(squared)}
-    for name, (value, error) in figures.items():
-        result |= {name: value, f"{name}_se": error}
-    return result
+    return {"n": len(squared)} | with_errors(figures)
+
+
+def with_errors(figures):
+    """{name: (value, standard error)} as {name: value, name_se: standard error}."""
+    return {f"{name}{end}": v for name, pair in figures.items() for end, v in zip(("", "_se"), pair, strict=True)}
 
 
 def text(value):
-    """A figure with four decimals, or -- where there is none."""
-    return "--" if value is None else f"{value:.4f}"
+    """A figure with four decimals, or -- where there is none (None or nan)."""
+    return "--" if value is None or np.isnan(value) else f"{value:.4f}"
 
 
-def compare(squared, other):
-    """`Comparison` of two methods' squared errors (n,) on the same targets: their mean difference."""
-    return comparison(*mean_with_error(squared - other))
+def aligned(rows):
+    """Rows of text as lines, the first column to the left, the others to the right."""
+    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[row[0].ljust(width[0]), *map(str.rjust, row[1:], width[1:])] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+# -----------------------------------------------------------------------------
+# order
+
+
+def order_by_user(user, target, prediction, low):
+    """How well predictions order each user's targets, given as flat arrays (n,): users (U,), {name: (U,)}.
+
+    `ndcg@k` has the rating as gain (shifted where the scale begins at `low` < 0) and the discount log2(1 + rank);
+    `pairs` is the share of pairs of unequal targets that are in the right order, nan where a user has none. Equal
+    predictions count as if they were put in random order.
+    """
+    users, row = np.unique(user, return_inverse=True)
+    order, count = np.argsort(row, kind="stable"), np.bincount(row)
+    column = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+    known = np.arange(count.max()) < count[:, None]
+    gain, score = np.zeros(known.shape), np.zeros(known.shape)
+    gain[row[order], column] = np.asarray(target, np.float64)[order] - min(low, 0)
+    score[row[order], column] = np.asarray(prediction, np.float64)[order]
+    both = known[:, :, None] & known[:, None]
+    above = (score[:, :, None] > score[:, None]) & both  # (U, Q, Q): whether the first has the higher prediction
+    equal = (score[:, :, None] == score[:, None]) & both
+    found = {f"ndcg@{k}": ndcg(gain, above.sum(1), equal.sum(1), k) for k in CUTS}
+    higher = (gain[:, :, None] > gain[:, None]) & both
+    pairs = higher.sum((1, 2))
+    right = (higher * (above + equal / 2)).sum((1, 2))
+    return users, found | {"pairs": np.where(pairs > 0, right / np.maximum(pairs, 1), np.nan)}
+
+
+def ndcg(gain, better, equal, k):
+    """nDCG@k (U,) of gains (U, Q).
+
+    `better` (U, Q) counts the items with a higher prediction than each, `equal` those with the same one, itself too.
+    """
+    n = gain.shape[1]
+    discount = np.where(np.arange(n) < k, 1 / np.log2(2 + np.arange(n)), 0)
+    total = np.append(0, np.cumsum(discount))
+    mean_discount = (total[better + equal] - total[better]) / np.maximum(equal, 1)
+    best = -np.sort(-gain, 1) @ discount
+    return np.where(best > 0, (gain * mean_discount).sum(1) / np.where(best > 0, best, 1), 1.0)
+
+
+def order_summary(figures):
+    """Number of users and mean of each of `order_by_user`'s figures {name: (U,)} with its standard error by user."""
+    known = {name: values[np.isfinite(values)] for name, values in figures.items()}
+    means = {name: mean_with_error(values) if len(values) else (np.nan, np.nan) for name, values in known.items()}
+    return {"users": len(next(iter(figures.values())))} | with_errors(means)
+
+
+# -----------------------------------------------------------------------------
+# paired comparisons
+
+
+def compare_rmse(squared, other):
+    """`Comparison` of two methods' RMSE from their squared errors (n,) on the same targets."""
+    return comparison(*mean_with_error(rmse_shares(squared) - rmse_shares(other)))
+
+
+def compare_means(values, other):
+    """`Comparison` of two methods' means of what they reach (n,) on the same targets or users; nan is left out."""
+    difference = values - other
+    difference = difference[np.isfinite(difference)]
+    return comparison(*(mean_with_error(difference) if len(difference) else (np.nan, np.nan)))
 
 
 def compare_macro(squared, other, level):
     """`Comparison` of two methods' macro-RMSE on the same targets, paired within each rating level (n,)."""
-
-    def shares(pair):
-        return rmse_shares(pair[:, 0]) - rmse_shares(pair[:, 1])
-
-    return comparison(*stratified_mean(np.stack([squared, other], axis=1), level, shares))
+    pairs = np.stack([squared, other], axis=1)
+    return comparison(*stratified_mean(pairs, level, lambda pair: rmse_shares(pair[:, 0]) - rmse_shares(pair[:, 1])))
 
 
 def comparison(difference, standard_error):

@@ -1,21 +1,18 @@
 """Predictions of a comparison's test targets: made by trained runs and by the simple predictors, kept in files.
 
-One Parquet file for each cell: a row per target and support size. The file also holds what is known of the run
-(options, data, commit, hardware, time, validation curve, learned weights), so that tables need nothing else.
+One Parquet file for each cell, with a row for each target and support size. The file also holds what is known of the
+run (options, data, commit, hardware, time, validation curve, learned weights), so that tables need nothing else.
 """
 
-import json
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow
-import pyarrow.parquet
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,9 +23,12 @@ from evaluation import baselines, evaluate, metrics
 from models import checkpoint
 from utils import UserError
 
-SHOTS = (1, 2, 3, 5, 10, 20, 29)  # support ratings of the cold-start curve, as far as max_seq_len allows
+SHOTS = (0, 1, 2, 3, 5, 10, 20, 29)  # support ratings of the cold-start curve, as far as max_seq_len allows
 SIMPLE_OPTIONS = ("fold", "num_folds", "num_test_data", "random_seed", "max_seq_len", "mode")
-LENSKIT = {"bias": "LensKit bias", "als": "LensKit ALS"}
+NUMBERS = ("target", "prediction", "support", "shots", "balance")  # columns of a file, beside those in KEY
+KEY = ["method", "task", "shots", "user", "item"]  # task: "last", a user's last rating; "order", the last ten
+ABOUT = {"options": dict, "mode": str, "num_folds": int, "fingerprint": str, "scale": list, "levels": list}
+ABOUT |= {"commit": str, "hardware": str, "torch": str}  # what a file must say of its run
 
 
 class Cell(NamedTuple):
@@ -49,39 +49,67 @@ def path_of(folder, cell):
 
 def stored_options(cell, options):
     """The options that the cell's predictions depend on, as they are kept."""
-    return option_module.as_stored(
-        {n: getattr(options, n) for n in SIMPLE_OPTIONS} if cell.learner == "simple" else options
-    )
+    simple = {name: getattr(options, name) for name in SIMPLE_OPTIONS}
+    return option_module.as_stored(simple if cell.learner == "simple" else options)
 
 
-def read_about(path):
-    """What is known of the run that made a file of predictions, or None where there is no such file."""
+# -----------------------------------------------------------------------------
+# files
+
+
+def read(path):
+    """The predictions of a file, with what is known of the run in `attrs`; UserError where the file is damaged."""
     try:
-        return json.loads(pyarrow.parquet.read_schema(path).metadata[b"PANDAS_ATTRS"])
-    except (OSError, pyarrow.ArrowInvalid, KeyError, TypeError, ValueError):
-        return None
+        frame = pd.read_parquet(path)
+        check(frame)
+    except Exception as error:  # damaged files make the parsers raise errors of many kinds
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} does not hold predictions ({reason:.100}): remove it, and give the same command without "
+            "--report_only to make it again"
+        ) from error
+    return frame
+
+
+def check(frame):
+    """ValueError, KeyError or TypeError where a file's content is not what `write` makes."""
+    if len(frame) == 0 or frame[[*KEY, *NUMBERS]].isna().any(axis=None) or frame.duplicated(KEY).any():
+        raise ValueError("rows are missing or doubled")
+    if not np.isfinite(frame[list(NUMBERS)].to_numpy(np.float64)).all() or not frame.task.isin(["last", "order"]).all():
+        raise ValueError("impossible values")
+    if not frame.balance.between(0, 1).all() or "last" not in set(frame.task):
+        raise ValueError("impossible values")
+    about = frame.attrs
+    if wrong := checkpoint.wrong_entry(about, ABOUT):
+        raise ValueError(wrong)
+    if not all(text.isprintable() for text in (*frame.method.unique(), *(about[n] for n in ABOUT if ABOUT[n] is str))):
+        raise ValueError("names that cannot be printed")
+    low, high = np.array(about["scale"], np.float64)
+    levels = np.array(about["levels"], np.float64)
+    curve = np.array(about.get("curve") or [(0, 0)], np.float64)
+    weights = np.array([about["weights"][name] for name in GROUPS] if "weights" in about else [levels] * 2, np.float64)
+    fits = curve.ndim == 2 and curve.shape[1] == 2 and weights.shape == (2, len(levels))
+    if not fits or not low < high or not (np.diff(levels) > 0).all() or not np.isfinite(curve).all():
+        raise ValueError("impossible values")
 
 
 def is_finished(path, cell, options, fingerprint):
     """Whether the file holds predictions made with the same options from the same data."""
-    about = read_about(path)
-    if about is None or about["fingerprint"] != fingerprint:
-        return False
     try:
+        about = read(path).attrs
         option_module.check_resume(about["options"], stored_options(cell, options), may_grow=())
     except UserError:
         return False
-    return True
+    return about["fingerprint"] == fingerprint
 
 
 def write(path, cell, options, problem, columns, about):
-    """Keep a cell's predictions: `columns` (user, item numbers, target, prediction, support, shots, method)."""
+    """Keep a cell's predictions: `columns` as `rows` gives them, and `about`, what is known of the run."""
     ratings, user = problem.ratings, columns["user"].to_numpy()
     balance = np.zeros(len(ratings.user_ids))
     balance[problem.test] = balance_scores(problem, options)
     ids = {"user": ratings.user_ids[user], "item": ratings.item_ids[columns["item"].to_numpy()]}
-    place = {"learner": cell.learner, "paper": cell.paper, "fold": cell.fold, "seed": cell.seed}
-    frame = columns.assign(**ids, balance=balance[user], **place)
+    frame = columns.assign(**ids, balance=balance[user])
     frame.attrs = {
         "options": stored_options(cell, options),
         "mode": options.mode,
@@ -99,10 +127,23 @@ def write(path, cell, options, problem, columns, about):
     utils.write_atomic(path, sink.getvalue().to_pybytes())
 
 
+def rows(scored, task, shots, method):
+    """Predictions as rows of a file, with user and item numbers in place of ids."""
+    names = "user", "item", "support", "target", "prediction"
+    columns = {name: getattr(scored, name) for name in names}
+    return pd.DataFrame({**columns, "task": task, "shots": shots, "method": method})
+
+
 def balance_scores(problem, options):
     """The balance score of each test user's support."""
     support, _ = baselines.last_support(problem.ratings, problem.test, options.max_seq_len - 1)
     return metrics.balance_score(support.values, support.items >= 0, problem.ratings.levels)
+
+
+def shots_of(options):
+    """Support sizes at which all is scored: the full one first, then those of the cold-start curve."""
+    full = options.max_seq_len - 1
+    return [full, *(n for n in SHOTS if n < full)]
 
 
 def commit():
@@ -116,7 +157,7 @@ def commit():
 
 
 def git(*words):
-    """What git answers in the folder of this program."""
+    """The output of git in the folder of this program."""
     done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -132,34 +173,28 @@ def hardware():
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores{gpu}"
 
 
-def shots_of(options):
-    """Support sizes at which all is scored: the full one first, then those of the cold-start curve."""
-    full = options.max_seq_len - 1
-    return [full, *(n for n in SHOTS if n < full)]
-
-
 # -----------------------------------------------------------------------------
 # trained runs
+
+GROUPS = ("balanced", "imbalanced")  # the most and the least balanced third of the test users
 
 
 def score_run(path, cell, options, folder):
     """Score the best checkpoint of a run's folder on its test users, at every support size."""
     system, _, problem, _ = evaluate.load_system(checkpoint.checkpoint_path(folder), options)
-    parts = []
-    for shots in shots_of(options):
-        scored = evaluate.evaluate(system, problem, problem.test, shots)
-        columns = {name: getattr(scored, name) for name in ("user", "item", "target", "prediction", "support")}
-        parts.append(pd.DataFrame({**columns, "shots": shots, "method": cell.method}))
+    users, shots = problem.test, shots_of(options)
+    parts = [rows(evaluate.evaluate(system, problem, users, n), "last", n, cell.method) for n in shots]
+    parts.append(rows(evaluate.evaluate_order(system, problem, users), "order", shots[0], cell.method))
     about = {"curve": validation_curve(folder)}
     if cell.method == "melo":
         about["weights"] = learned_weights(system, problem)
-    write(path, cell, options, problem, pd.concat(parts), about)
+    write(path, cell, options, problem, pd.concat([part for part in parts if len(part)]), about)
 
 
 def validation_curve(folder):
     """[seconds since training began, validation RMSE] of each validation, from the run's events.
 
-    The seconds are wall time: earlier validations and checkpoints are in them, what passed between two starts is not.
+    The seconds are wall time with earlier validations and checkpoints, without the time between two starts.
     """
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     if "validation/rmse" not in events.Tags()["scalars"]:
@@ -169,10 +204,9 @@ def validation_curve(folder):
 
 
 def learned_weights(system, problem):
-    """Mean weight in the loss of each rating level, for the least and the most balanced third of the test users.
+    """Mean weight in the loss of each rating level, {name: one for each level} for the users of GROUPS.
 
-    Averaged over steps and support positions: {"imbalanced": one for each level, "balanced": likewise}, None where
-    such users gave no such rating.
+    It is averaged over steps and support positions, and None where these users gave no such rating.
     """
     ratings, users = problem.ratings, problem.test
     score = balance_scores(problem, system.options)
@@ -182,11 +216,8 @@ def learned_weights(system, problem):
         at = user, level
         np.add.at(total, at, weights.mean(1) * times)
         np.add.at(count, at, times)
-    return {name: mean_or_none(total[group].sum(0), count[group].sum(0)) for name, group in groups.items()}
-
-
-def mean_or_none(total, count):
-    return [float(t / n) if n else None for t, n in zip(total, count, strict=True)]
+    sums = {name: zip(total[group].sum(0), count[group].sum(0), strict=True) for name, group in groups.items()}
+    return {name: [float(weight / n) if n else None for weight, n in pairs] for name, pairs in sums.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -194,30 +225,11 @@ def mean_or_none(total, count):
 
 
 def score_simple(path, cell, options):
-    """Fit the simple predictors and score them on the same targets; LensKit's, too, where it is installed."""
-    problem = dataloader.load_problem(options)
-    ratings, users, shots = problem.ratings, problem.test, shots_of(options)
-    fitting = ratings, problem.train, problem.validation, users, options.max_seq_len
-    found, chosen = baselines.score_baselines(*fitting, shots=shots[1:])
-    supports = [baselines.last_support(ratings, users, n) for n in shots]
-    found |= lenskit(ratings, problem.train, supports[0][0], chosen)
-    parts = []
-    for name, rows in found.items():
-        for n, (support, target), prediction in zip(shots, supports, rows, strict=False):
-            columns = {"user": users, "item": support.target_item, "target": target}
-            columns["prediction"] = np.clip(prediction, ratings.low, ratings.high)
-            columns["support"] = (support.items >= 0).sum(1)
-            parts.append(pd.DataFrame({**columns, "shots": n, "method": name}))
-    write(path, cell, options, problem, pd.concat(parts), {"constants": chosen})
-
-
-def lenskit(ratings, train, support, chosen):
-    """LensKit's predictions at full support, with the damping and width chosen for ours: {name: (1, T)}."""
-    effects, width = chosen["user + item effects"], chosen["matrix factorisation"]["k"]
-    damping = effects["item_damping"], effects["user_damping"]
-    try:
-        found = baselines.lenskit_predictions(ratings, train, support, damping, width, regularisation=0.1)
-    except UserError as error:
-        print(f"left out: {error}", file=sys.stderr)
-        return {}
-    return {LENSKIT[name]: prediction[None] for name, prediction in found.items()}
+    """Fit the simple predictors and score them on the same targets, at every support size."""
+    problem, shots, parts = dataloader.load_problem(options), shots_of(options), []
+    fitting = problem.ratings, problem.train, problem.validation, options.max_seq_len
+    predictors, chosen = baselines.fit_baselines(*fitting)
+    for name, predictor in predictors.items():
+        parts += [rows(evaluate.evaluate_simple(predictor, problem, n), "last", n, name) for n in shots]
+        parts.append(rows(evaluate.evaluate_simple(predictor, problem, shots[0], order=True), "order", shots[0], name))
+    write(path, cell, options, problem, pd.concat([part for part in parts if len(part)]), {"constants": chosen})

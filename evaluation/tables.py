@@ -1,181 +1,121 @@
-"""Tables of a comparison, made from the kept predictions alone.
+"""Tables of a comparison: Markdown and CSV files, and what a terminal shows of them."""
 
-A row's targets are the last ratings of the test users of its folds and seeds. Where a target was predicted with
-several seeds, its errors are averaged over them first.
-"""
-
-import csv
-import io
 import textwrap
 
 import numpy as np
 import pandas as pd
 
 import utils
-from evaluation import metrics
-from ratings import table
-from utils import UserError
+from evaluation import metrics, results
+from evaluation.results import UNTRAINED
+from options import LEARNERS
 
-LEARNERS = {"simple": "simple", "bert4rec": "BERT4Rec", "narm": "NARM", "sasrec": "SASRec", "gru4rec": "GRU4Rec"}
 METHODS = {"basic": "Basic", "fomaml": "FO-MAML", "maml": "MAML", "melo": "MELO"}
-PAIRS = (("melo", "maml"), ("maml", "fomaml"), ("maml", "basic"))
-DAMPED = ("simple", "user + item effects", False)
-KEY = ["fold", "seed", "user"]
-FIGURES = ("rmse", "mae", "macro_rmse")
+ERRORS = ("rmse", "mae", "macro_rmse")
+TITLES = {"rmse": "RMSE", "mae": "MAE", "macro_rmse": "macro-RMSE", "pairs": "pairs in order"}
+TITLES |= {f"ndcg@{k}": f"nDCG@{k}" for k in metrics.CUTS}
+ROWS = {
+    "global mean": "every prediction is the mean of all ratings",
+    "user mean": "the mean of the user's own ratings",
+    "item mean": "the item's mean rating",
+    "damped means": "the item's mean, and how far the user usually is above or below",
+    "matrix factorisation": "item factors, and the user's fitted to the ratings",
+    "Basic": "the sequence model alone, not adapted to the user",
+    "FO-MAML": "adapted to each user by gradient steps; trained to first order",
+    "MAML": "adapted to each user by gradient steps that were trained for it",
+    "MELO": "MAML with a loss that a network weights for each user",
+}
+ABOUT = (
+    "RMSE (with its standard error), MAE and macro-RMSE (each rating value counts alike) are errors of predicting the "
+    "last rating of each of {users} test users, on a scale from {low:g} to {high:g}. Lower is better; * is the lowest "
+    "RMSE. nDCG@10 and pairs (the share of pairs in the right order) tell how well their last ten ratings are ordered. "
+    "Higher is better."
+)
+ABOUT_Z = "z is a difference over its standard error. Beyond 2 in size, chance is an unlikely cause."
 
 
-def write(folder, cells, rows, about):
-    """Write the tables of the cells from what `load` gave; what a terminal shows of them, 80 columns wide.
+def write(folder, cells, found):
+    """Write table.md, table.csv and differences.csv; what a terminal shows of them, 80 columns wide.
 
-    A cell without a file was not run.
+    A cell without predictions was not run.
     """
-    groups = groups_of(cells, rows)
-    figures = {group: summary(rows, group) for group in groups}
-    differences = all_differences(rows, figures)
-    text = [f"# {next(iter(about.values()))['mode']}", "", markdown(*figure_table(figures)), ""]
-    text += ["Differences of two methods on the same targets; below zero, the first is better.", ""]
-    text += [markdown(*difference_table(differences)), "", *notes(rows, about, cells), ""]
-    utils.write_atomic(folder / "table.md", "\n".join(text).encode())
-    utils.write_atomic(folder / "table.csv", as_csv(*figure_csv(figures)))
-    utils.write_atomic(folder / "differences.csv", as_csv(*difference_csv(differences)))
-    return for_terminal(figures, differences, notes(rows, about, cells))
+    figures = {group: results.summary(found, group) for group in results.groups_of(cells, found)}
+    differences = [(one, other, results.compare(found, one, other)) for one, other in results.compared(figures)]
+    lines = notes(found, cells)
+    parts = [f"# {next(iter(found.about.values()))['mode']}", markdown(*figure_table(figures, ERRORS, "n"))]
+    parts.append("The order of each user's last ten ratings; higher is better.")
+    parts.append(markdown(*figure_table(figures, metrics.ORDER, "users")))
+    parts.append("Paired differences on the same targets. An error below 0, an order above 0: the first is better.")
+    parts += [markdown(*difference_table(differences)), *lines]
+    utils.write_atomic(folder / "table.md", ("\n\n".join(parts) + "\n").encode())
+    rows = [dict(zip(("learner", "method", "paper_form"), g, strict=True)) | (r or {}) for g, r in figures.items()]
+    utils.write_atomic(folder / "table.csv", as_csv(rows))
+    utils.write_atomic(folder / "differences.csv", as_csv(difference_rows(differences)))
+    return for_terminal(found, figures, differences, lines)
 
 
-# -----------------------------------------------------------------------------
-# errors of every prediction
+def learner_name(group):
+    """What a row or a panel calls the learner of (learner, method, paper)."""
+    learner, _, paper = group
+    name = learner if learner in UNTRAINED else LEARNERS[learner].title
+    return f"{name}, as published" if paper else name
 
 
-def load(paths):
-    """The kept predictions {cell: path}, with errors, and what is known of each run: (table, {cell: ...})."""
-    if not paths:
-        raise UserError("there are no predictions to make a table of: run the same command without --report_only")
-    frames = {cell: pd.read_parquet(path) for cell, path in paths.items()}
-    about = {cell: frame.attrs for cell, frame in frames.items()}
-    if len({known["fingerprint"] for known in about.values()}) > 1:
-        raise UserError("the kept predictions are of different data: give each data set an --output of its own")
-    for frame in frames.values():
-        frame.attrs = {}
-    rows = pd.concat(frames.values(), ignore_index=True)
-    known = next(iter(about.values()))
-    errors = metrics.prediction_errors(rows.target, rows.prediction, *known["scale"])
-    level = table.nearest_level(rows.target, np.array(known["levels"]))
-    return rows.assign(squared=errors**2, absolute=abs(errors), level=level), about
+def title(group):
+    """A method's name, without its learner's."""
+    return METHODS.get(group[1], group[1])
 
 
-def groups_of(cells, rows):
-    """The rows of the table, (learner, method, paper): the simple predictors, then the cells', in their order."""
-    simple = rows[rows.learner == "simple"].method.unique()
-    trained = dict.fromkeys((c.learner, c.method, c.paper) for c in cells if c.learner != "simple")
-    return [*(("simple", name, False) for name in simple), *trained]
+def full_title(group):
+    """The names of learner and method."""
+    return title(group) if group[0] in UNTRAINED else f"{learner_name(group)} {title(group)}"
 
 
-def select(rows, group):
-    """The predictions of one row of the table."""
-    learner, method, paper = group
-    return rows[(rows.learner == learner) & (rows.method == method) & (rows.paper == paper)]
+def with_error(report, name):
+    """A figure with its standard error in brackets, where there is one."""
+    if report is None or np.isnan(report[name]):
+        return "--"
+    error = report[f"{name}_se"]
+    return metrics.text(report[name]) + ("" if np.isnan(error) else f" ({error:.4f})")
 
 
-def at_full_support(rows):
-    return rows[rows.shots == rows.shots.max()]
-
-
-def per_target(rows, columns=("squared", "absolute", "level", "balance")):
-    """Means over seeds of the columns for each target, by user."""
-    return rows.groupby("user")[list(columns)].mean()
-
-
-def summary(rows, group):
-    """`metrics.summary` at full support; None where there are no predictions."""
-    targets = per_target(at_full_support(select(rows, group)))
-    if targets.empty:
-        return None
-    return metrics.summary(targets.squared.to_numpy(), targets.absolute.to_numpy(), targets.level.to_numpy())
-
-
-# -----------------------------------------------------------------------------
-# paired differences
-
-
-def all_differences(rows, figures):
-    """(learner's name, what is compared, comparison of squared errors, of macro-RMSE) of each pair; None: not run."""
-    found, simple = [], best(figures, "simple", False)
-    for learner, paper in dict.fromkeys((learner, paper) for learner, _, paper in figures if learner != "simple"):
-        pairs = [((learner, one, paper), (learner, other, paper)) for one, other in PAIRS]
-        pairs = [pair for pair in pairs if set(pair) <= set(figures)]
-        if ours := best(figures, learner, paper):
-            pairs += [(ours, other) for other in dict.fromkeys((simple, DAMPED)) if figures.get(other)]
-        for one, other in pairs:
-            names = f"{METHODS[one[1]]} − {METHODS.get(other[1], other[1])}"
-            found.append((learner_name(learner, paper), names, *compare(rows, one, other)))
-    return found
-
-
-def best(figures, learner, paper):
-    """The learner's row with the least RMSE on the test targets, or None."""
-    mine = [g for g in figures if (g[0], g[2]) == (learner, paper) and figures[g]]
-    return min(mine, key=lambda group: figures[group]["rmse"], default=None)
-
-
-def compare(rows, one, other):
-    """Paired comparison of squared errors, and of macro-RMSE, on the targets that both predicted; or (None, None)."""
-    first, second = (at_full_support(select(rows, group)) for group in (one, other))
-    both = first.merge(second[[*KEY, "squared"]], on=KEY, suffixes=("", "_other"))
-    if both.empty:
-        return None, None
-    both = per_target(both, ("squared", "squared_other", "level"))
-    squared, other, level = (both[name].to_numpy() for name in both)
-    return metrics.compare(squared, other), metrics.compare_macro(squared, other, level)
-
-
-# -----------------------------------------------------------------------------
-# as text
-
-
-def learner_name(learner, paper):
-    return f"{LEARNERS[learner]}, as published" if paper else LEARNERS[learner]
-
-
-def figure_table(figures):
-    """Header and rows of the table of errors, as text."""
-    header = ["learner", "method", "RMSE", "MAE", "macro-RMSE", "targets"]
+def figure_table(figures, names, count):
+    """Header and rows of a table of the figures called `names`, as text, with the number `count` at the end."""
+    header = ["learner", "method", *(TITLES[name] for name in names), {"n": "targets"}.get(count, count)]
     rows = []
-    for (learner, method, paper), report in figures.items():
-        values = [f"{report[n]:.4f} ({report[f'{n}_se']:.4f})" if report else "--" for n in FIGURES]
-        targets = str(report["n"]) if report else "--"
-        rows.append([learner_name(learner, paper), METHODS.get(method, method), *values, targets])
+    for group, report in figures.items():
+        values = [with_error(report, name) for name in names]
+        rows.append([learner_name(group), title(group), *values, str(report[count]) if report else "--"])
     return header, rows
-
-
-def figure_csv(figures):
-    names = [name for figure in FIGURES for name in (figure, f"{figure}_se")]
-    rows = [[*group, *([report[n] for n in (*names, "n")] if report else [])] for group, report in figures.items()]
-    return ["learner", "method", "paper_form", *names, "targets"], rows
 
 
 def difference_table(differences):
     """Header and rows of the table of differences, as text."""
-    header = ["learner", "difference"]
-    header += ["squared error", "z", "95 % interval", "macro-RMSE", "z", "95 % interval"]
-    return header, [[name, what, *shown(squared), *shown(macro)] for name, what, squared, macro in differences]
+    shown = ("rmse", "macro_rmse", "ndcg@10", "pairs")
+    header = ["learner", "difference", "RMSE", "95 % interval", "z"]
+    header += [text for name in shown[1:] for text in (TITLES[name], "z")]
+    rows = []
+    for one, other, comparisons in differences:
+        values = []
+        for name in shown:
+            c = comparisons.get(name)
+            interval = [f"{c.low:+.4f} to {c.high:+.4f}" if c else "--"] if name == "rmse" else []
+            values += [f"{c.difference:+.4f}" if c else "--", *interval, f"{c.z:+.1f}" if c else "--"]
+        rows.append([learner_name(one), f"{title(one)} − {title(other)}", *values])
+    return header, rows
 
 
-def shown(found):
-    if found is None:
-        return ["--"] * 3
-    return [f"{found.difference:+.4f}", f"{found.z:+.1f}", f"{found.low:+.4f} to {found.high:+.4f}"]
+def difference_rows(differences):
+    """The rows of differences.csv."""
+    rows = []
+    for one, other, comparisons in differences:
+        values = {f"{name}_{field}": v for name, c in comparisons.items() for field, v in c._asdict().items()}
+        rows.append({"learner": learner_name(one), "difference": f"{title(one)} − {title(other)}", **values})
+    return rows
 
 
-def difference_csv(differences):
-    kinds = ("squared_error", "macro_rmse")
-    names = [f"{kind}_{field}" for kind in kinds for field in metrics.Comparison._fields]
-    blank = ("",) * len(metrics.Comparison._fields)
-    return ["learner", "difference", *names], [[a, b, *(c or blank), *(d or blank)] for a, b, c, d in differences]
-
-
-def as_csv(header, rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue().encode()
+def as_csv(rows):
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n").encode()
 
 
 def markdown(header, rows):
@@ -185,46 +125,23 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str.ljust, line, width)) + " |" for line in lines)
 
 
-def for_terminal(figures, differences, lines):
-    """The same tables for a terminal: without targets and intervals, and the notes folded."""
-    header, rows = figure_table(figures)
-    rows = [[f"{row[0]} {row[1]}".removeprefix("simple "), *row[2:5]] for row in rows]
-    parts = [aligned([["", *header[2:5]], *rows])]
-    if differences:
-        header, rows = difference_table(differences)
-        rows = [[f"{row[0]}: {row[1]}", *row[2:4], *row[5:7]] for row in rows]
-        parts.append(aligned([["below zero, the first is better", *header[2:4], *header[5:7]], *rows]))
-    return "\n\n".join([*parts, *(textwrap.fill(line, 80) for line in lines if line)]) + "\n"
-
-
-def aligned(rows):
-    """Rows of text as lines, the first column to the left, the others to the right."""
-    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    cells = [[row[0].ljust(width[0]), *map(str.rjust, row[1:], width[1:])] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in cells)
-
-
-def notes(rows, about, cells):
-    """What is known of the noise, and where the numbers come from."""
+def notes(found, cells):
+    """How sure the figures are, and where they come from."""
     folds, seeds = (sorted({getattr(cell, name) for cell in cells}) for name in ("fold", "seed"))
-    known = list(about.values())
+    known = list(found.about.values())
     trained = [entry["curve"][-1][0] for entry in known if entry.get("curve")]
     of_folds = "drawn at random" if folds == [-1] else f"fold {listed(folds)} of {known[0]['num_folds']}"
-    noise = "not in them" if len(seeds) == 1 else "in them only as far as errors are averaged over the seeds"
+    noise = "is not in them" if len(seeds) == 1 else "is in them as far as errors are averaged over seeds"
     lines = [
-        f"{rows.user.nunique()} targets, the last ratings of test users ({of_folds}); seed {listed(seeds)}. Standard "
-        f"errors (in brackets) and intervals are those of drawing targets; how far two trainings differ is {noise}. "
-        "The best of a learner and the best simple predictor are chosen on these targets.",
+        f"{found.last.user.nunique()} targets, the last ratings of test users ({of_folds}); seed {listed(seeds)}. "
+        "Standard errors (in brackets) and intervals are those of drawing other test users; how much two trainings "
+        f"differ {noise}. The best of a learner and the best simple predictor are chosen on these targets.",
         f"Commit {listed_of(known, 'commit')}; torch {listed_of(known, 'torch')}; {listed_of(known, 'hardware')}; "
         f"{sum(trained) / 60:.1f} minutes of training in {len(trained)} runs.",
     ]
-    simple = at_full_support(rows[rows.learner == "simple"]).set_index(KEY)
-    ours, theirs = (simple.prediction[simple.method == name] for name in ("user + item effects", "LensKit bias"))
-    if len(theirs):
-        lines.append(f"Our damped effects and LensKit's bias model differ by at most {abs(ours - theirs).max():.1g}.")
-    if missing := len(cells) - len(about):
+    if missing := len(cells) - len(found.about):
         lines.append(f"{missing} of {len(cells)} runs are missing: -- where nothing was run.")
-    return "\n\n".join(lines).split("\n")
+    return lines
 
 
 def listed(values):
@@ -233,3 +150,39 @@ def listed(values):
 
 def listed_of(known, name):
     return listed(sorted({entry[name] for entry in known}))
+
+
+# -----------------------------------------------------------------------------
+# for a terminal
+
+
+def for_terminal(found, figures, differences, lines):
+    """The figures, what the rows are, the differences in words, and notes, 80 columns wide."""
+    low, high = next(iter(found.about.values()))["scale"]
+    about = ABOUT.format(users=found.last.user.nunique(), low=low, high=high)
+    shown = [title(group) for group in figures]
+    rows = [f"  {name}: {text}" for name, text in ROWS.items() if name in shown]
+    words = [textwrap.fill(in_words(*difference), 80) for difference in differences if difference[2]]
+    parts = [metrics.aligned(terminal_rows(figures)), textwrap.fill(about, 80), "\n".join(rows)]
+    parts += ["\n".join([*words, textwrap.fill(ABOUT_Z, 80)])] if words else []
+    return "\n\n".join([*parts, *(textwrap.fill(line, 80) for line in lines)]) + "\n"
+
+
+def terminal_rows(figures):
+    """Header and rows of the table, the row with the lowest RMSE marked."""
+    least = min((report["rmse"] for report in figures.values() if report), default=None)
+    names = ("rmse", "rmse_se", "mae", "macro_rmse", "ndcg@10", "pairs")
+    rows = [["", "RMSE", "+-", "MAE", "macro", "nDCG@10", "pairs"]]
+    for group, report in figures.items():
+        mark = "* " if report and report["rmse"] == least else "  "
+        rows.append([mark + full_title(group), *(metrics.text(report and report[name]) for name in names)])
+    return rows
+
+
+def in_words(one, other, comparisons):
+    """What the difference of two methods means, in a sentence."""
+    c, name, against = comparisons["rmse"], full_title(one), title(other)
+    if not abs(c.z) >= 1.96:
+        return f"{name} and {against} cannot be told apart: RMSE differs by {c.difference:+.4f} (z={c.z:+.1f})."
+    better, lower = ("better", "lower") if c.difference < 0 else ("worse", "higher")
+    return f"{name} is {better} than {against}: RMSE is {abs(c.difference):.4f} {lower} (z={c.z:+.1f})."

@@ -1,18 +1,23 @@
-"""How fast a trained run serves: time to load, for one user, and users a second; the whole catalogue is scored.
+"""How fast a trained run serves: time to load, for one user, and users a second. The whole catalogue is scored.
 
 python -m examples.latency log/ml-1m-bert4rec-melo
 """
 
 import os
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python examples/latency.py`
 
 import numpy as np
 import torch
 
 from options import Parser
-from recommend import Recommender, Support
+from serving.recommender import Recommender, Support
 from utils import run_script
 
 
@@ -52,7 +57,8 @@ def main(argv=None):
     parser.add_argument("run", help="a run's folder, or an exported file")
     loading, median, rate = measure(parser.parse_args(argv).run)
     print(f"load {loading:.2f} s; one user {median * 1e3:.1f} ms (median, one core); {rate:.0f} users a second")
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    if hasattr(os, "getloadavg"):
+        print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

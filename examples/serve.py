@@ -1,50 +1,73 @@
-"""A service that adapts to the users in its requests; it writes and keeps nothing about them.
+"""Serve a trained run over HTTP, with a page to try it on at the address that is printed.
 
-    python -m examples.serve log/ml-1m-bert4rec-melo 8000
+    python -m examples.serve --run=log/ml-1m-bert4rec-melo --titles=Data/ml-1m/movies.dat --port=8000
     curl localhost:8000/recommend -H 'Content-Type: application/json' \\
         -d '{"users": [{"ratings": [[260, 5], [1196, 4]]}], "top": 3}'
+
+docs/SERVING.md describes the requests. It keeps and logs nothing about users.
 """
 
+import os
+import socket
 import sys
-from typing import Annotated
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python examples/serve.py`
 
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException
-from pydantic import BaseModel, Field
 
-from recommend import Recommender
-from utils import UserError
-
-
-class User(BaseModel):
-    ratings: Annotated[list[tuple[int | str, float]], Field(max_length=10_000)]  # [item, rating], oldest first
+import options as option_module
+from ratings.titles import read_titles
+from serving.recommender import Recommender
+from serving.service import Protocol, create_app
+from utils import UserError, run_script, say
 
 
-class Request(BaseModel):
-    users: Annotated[list[User], Field(min_length=1, max_length=1000)]
-    top: Annotated[int, Field(ge=1, le=1000)] = 10
+def parse(argv):
+    parser = option_module.Parser(__doc__)
+    add = option_module.group(parser, "service")
+    add("run", None, str, "a run's folder, or an exported file", required=True)
+    add("checkpoint_step", -1, option_module.count(-1, 10**12), "checkpoint of the run; -1 = the best of validation")
+    add("titles", None, str, "file of item ids and titles, for the page")
+    add("host", "127.0.0.1", str, "address to listen at; 0.0.0.0 = also from other machines")
+    add("port", 8000, option_module.count(0, 65535), "port to listen at; 0 = any free one")
+    add("device", "auto", str, "where to compute", choices=["auto", "cpu", "cuda"])
+    return parser.parse_args(argv)
 
 
-def create_app(run: str) -> FastAPI:
-    """The service for a run's folder or an exported file."""
+def listen(host, port):
+    """A socket bound to the address. UserError where that cannot be."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no such host"
+        raise UserError(f"cannot listen at --host={host} --port={port} ({reason}): give other ones") from error
+    return listener
+
+
+def main(argv=None):
+    options = parse(argv)
+    recommender = Recommender.load(options.run, options.checkpoint_step, options.device)
+    titles = read_titles(options.titles)
     torch.set_num_threads(1)  # requests run beside each other
-    app, recommender = FastAPI(title="MELO"), Recommender.load(run)
-
-    @app.post("/recommend")
-    def recommend(request: Request):
-        try:
-            supports, unknown = zip(*(recommender.support(user.ratings) for user in request.users), strict=True)
-        except UserError as error:
-            raise HTTPException(422, str(error)) from None
-        lists = recommender.top(supports, request.top)
-        return [
-            {"items": [best._asdict() for best in items], "adapted": len(support.items) > 0, "unknown": left_out}
-            for items, support, left_out in zip(lists, supports, unknown, strict=True)
-        ]
-
-    return app
+    workers = (os.cpu_count() or 1) if recommender.device.type == "cpu" else 1
+    app = create_app(recommender, titles, workers)
+    with listen(options.host, options.port) as listener:
+        host, port = listener.getsockname()[:2]
+        say(f"serving {recommender.source} at http://{f'[{host}]' if ':' in host else host}:{port}/")
+        config = uvicorn.Config(
+            app, http=Protocol, log_level="warning", access_log=False, limit_concurrency=512,
+            timeout_graceful_shutdown=5,
+        )  # fmt: skip
+        uvicorn.Server(config).run(sockets=[listener])
+    return 0
 
 
 if __name__ == "__main__":
-    uvicorn.run(create_app(sys.argv[1]), port=int(sys.argv[2]) if len(sys.argv) > 2 else 8000)
+    run_script(main)

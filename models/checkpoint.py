@@ -1,11 +1,19 @@
-"""Checkpoints: what is kept of a run in a file, and where."""
+"""Checkpoints: what is kept of a run in a file, and where.
+
+    <log_dir>/<mode>-<model>-<method>/checkpoints/step-00000100.pt    after iteration 100; the last few are kept
+                                      checkpoints/best.pt             the best of validation
+                                      checkpoints/weights-00000100.pt what was validated then, to be tested
+
+A checkpoint is what `torch.save` writes of a dictionary of tensors and plain values; `torch.load(path)` opens it. Its
+zip archive has a comment: the SHA-256 of all bytes before, which `load_checkpoint` compares. (The CRCs that the archive
+has anyway miss a flipped bit in its directory that makes torch read other numbers.)
+"""
 
 import contextlib
 import hashlib
 import io
 import os
 import re
-import struct
 import sys
 import warnings
 import zipfile
@@ -17,19 +25,11 @@ import torch
 import utils
 from utils import UserError
 
-CHECKPOINT_VERSION = 1
-
-
-MAGIC = b"MELO-CKP"
-
-
-HEADER = struct.Struct("<8sIQQ")  # magic, format version, step, length of the payload
-
-
-PREFIX_BYTES = HEADER.size + hashlib.sha256().digest_size
-
-
-STEP_NAME = re.compile(r"step-(\d{8,})\.pt")
+STEP_NAME = re.compile(r"(step|weights)-(\d{8,})\.pt")
+MOST_BYTES = 1 << 30  # of all weights of a run, unless two take more
+DIGEST = 2 * hashlib.sha256().digest_size  # characters of the comment
+WEIGHTS = {"system": dict, "options": dict, "fingerprint": str, "item_ids": list, "levels": list}  # what testing needs
+STATE = {**WEIGHTS, "last": dict, "optimizers": list, "loop": dict}  # what going on needs; both have the step, too
 
 
 def run_folder(log_dir, mode, model, method):
@@ -37,23 +37,49 @@ def run_folder(log_dir, mode, model, method):
     return Path(log_dir) / f"{mode}-{model}-{method}"
 
 
-def wrong_entry(entries, kinds):
-    """Which entry a dictionary lacks or holds in another type than `kinds` ({name: type}) says, or None."""
-    for name, kind in kinds.items():
-        if name not in entries:
-            return f"lacks '{name}'"
-        if type(entries[name]) is not kind:
-            return f"holds '{name}' as {type(entries[name]).__name__}, not {kind.__name__}"
-    return None
+def best_path(folder):
+    """Where a run keeps the best of validation."""
+    return Path(folder) / "checkpoints" / "best.pt"
 
 
-def check_fingerprint(stored, fingerprint, source):
-    """UserError where `source` (a run or checkpoint) was made from other ratings than those at hand."""
-    if stored != fingerprint:
-        raise UserError(
-            f"{source} belongs to other data (fingerprint {stored!s:.12}, that of the ratings given is "
-            f"{fingerprint:.12}): give the same --data_path, --mode and filters"
-        )
+def find_checkpoints(folder, kind="step"):
+    """{step: path} of the periodic checkpoints or, with the kind "weights", of what was validated; ascending."""
+    try:
+        names = os.listdir(Path(folder) / "checkpoints")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise UserError(f"cannot read {folder}/checkpoints: {error.strerror}: give yourself permission") from error
+    steps = sorted((int(match[2]), match[0]) for match in map(STEP_NAME.fullmatch, names) if match and match[1] == kind)
+    return {step: Path(folder) / "checkpoints" / name for step, name in steps}
+
+
+def checkpoint_path(folder, step=-1):
+    """The checkpoint of `step`; -1 is the best, or the newest without a best. UserError where there is none."""
+    paths, best = find_checkpoints(folder, "weights") | find_checkpoints(folder), best_path(folder)
+    has_best = best.is_file()
+    if step == -1 and (has_best or paths):
+        return best if has_best else paths[max(paths)]
+    if step in paths:
+        return paths[step]
+    if has_best and step == (best_step := step_of(best)):
+        return best
+    there = [str(number) for number in sorted(paths)] + ([f"{best_step} (the best)"] if has_best else [])
+    if not there:
+        raise UserError(f"{folder} holds no checkpoint: train first, with the same --log_dir, --mode and method")
+    raise UserError(f"{folder} has no checkpoint of step {step}: --checkpoint_step can be {', '.join(there)} or -1")
+
+
+def step_of(path):
+    """The step of a checkpoint, without reading its tensors; -1 where it cannot be read."""
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # torch.load raises anything
+        step = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["step"]
+        return step if type(step) is int else -1
+    return -1
+
+
+# -----------------------------------------------------------------------------
+# saving
 
 
 def save_checkpoint(folder, step, state, keep=3):
@@ -65,90 +91,62 @@ def save_checkpoint(folder, step, state, keep=3):
     path = Path(folder) / "checkpoints" / f"step-{step:08d}.pt"
     write_checkpoint(path, step, state)
     if keep:
-        older = [old for number, old in find_checkpoints(folder).items() if number < step]
-        for old in older[: max(len(older) - keep + 1, 0)]:
-            with contextlib.suppress(OSError):
-                old.unlink()
+        remove_older(folder, "step", step, keep)
     return path
+
+
+def save_weights(folder, step, state):
+    """Save what testing needs of `state`, then remove the oldest such files where all take more than MOST_BYTES."""
+    path = Path(folder) / "checkpoints" / f"weights-{step:08d}.pt"
+    write_checkpoint(path, step, {name: state[name] for name in WEIGHTS})
+    remove_older(folder, "weights", step, max(2, MOST_BYTES // path.stat().st_size))
+
+
+def remove_older(folder, kind, step, keep):
+    """Remove all but the `keep` newest files of a kind up to a step."""
+    older = [old for number, old in find_checkpoints(folder, kind).items() if number < step]
+    for old in older[: max(len(older) - keep + 1, 0)]:
+        with contextlib.suppress(OSError):
+            old.unlink()
 
 
 def save_best(folder, step, state):
     """Save `state` as the best checkpoint so far, in place of the one before. Returns the path."""
-    path = Path(folder) / "checkpoints" / "best.pt"
-    write_checkpoint(path, step, state)
-    return path
+    write_checkpoint(best_path(folder), step, state)
+    return best_path(folder)
 
 
 def write_checkpoint(path, step, state):
-    payload = io.BytesIO()
-    torch.save(plain({**state, "step": step}), payload)
-    payload = payload.getvalue()
-    header = HEADER.pack(MAGIC, CHECKPOINT_VERSION, step, len(payload))
-    try:
-        path.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise utils.cannot_write(path, error) from error
-    utils.write_atomic(path, header + hashlib.sha256(header + payload).digest() + payload)
+    """Write `state`, with the step in it, to a file whose folder is made where it is missing."""
+    file = io.BytesIO()
+    torch.save(plain({**state, "step": step}), file)
+    file.seek(-2, os.SEEK_END)  # the length of the archive's comment, its last field
+    file.write(DIGEST.to_bytes(2, "little"))
+    file.write(hashlib.sha256(file.getbuffer()).hexdigest().encode())
+    utils.make_folder(path.parent)
+    utils.write_atomic(path, file.getbuffer())
 
 
 def plain(value, name="state"):
-    """A copy of nested values that `weights_only=True` loads; equal values give equal bytes.
+    """A copy of nested values that `weights_only=True` loads: tensors contiguous and on the CPU, the rest Python's own.
 
-    Tensors become contiguous copies on the CPU (a view would save its whole storage), NumPy scalars Python's.
+    A view would save its whole storage.
     """
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if isinstance(value, np.generic):
-        value = value.item()
+        return value.item()
     if isinstance(value, dict):
         return {plain(key, name): plain(item, f"{name}[{key!r}]") for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(plain(item, f"{name}[{i}]") for i, item in enumerate(value))
-    if type(value) is str:
-        return sys.intern(value)  # pickle writes the same object twice as a reference: identity would show
-    if value is None or type(value) in (bool, int, float):
+    if value is None or type(value) in (bool, int, float, str):
         return value
     raise TypeError(f"{name} is a {type(value).__name__}: a checkpoint holds tensors and plain values only")
 
 
-def find_checkpoints(folder):
-    """{step: path} of the periodic checkpoints, ascending; empty where there are none."""
-    try:
-        names = os.listdir(Path(folder) / "checkpoints")
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        raise UserError(f"cannot read {folder}/checkpoints: {error.strerror}") from error
-    steps = sorted((int(match[1]), match[0]) for match in map(STEP_NAME.fullmatch, names) if match)
-    return {step: Path(folder) / "checkpoints" / name for step, name in steps}
-
-
-def checkpoint_path(folder, step=-1):
-    """The checkpoint of `step`; -1 is the best, or the newest without a best. UserError where none is."""
-    steps = find_checkpoints(folder)
-    best = Path(folder) / "checkpoints" / "best.pt"
-    best_step = step_of(best) if best.is_file() else None
-    if step == -1 and best.is_file():
-        return best
-    if step == -1 and steps:
-        return steps[max(steps)]
-    if step in steps:
-        return steps[step]
-    if step == best_step:
-        return best
-    there = [str(number) for number in steps] + ([f"{best_step} (the best)"] if best_step is not None else [])
-    if not there:
-        raise UserError(f"{folder} holds no checkpoint: train first, with the same --log_dir, --mode and method")
-    raise UserError(f"{folder} has no checkpoint of step {step}: --checkpoint_step can be {', '.join(there)} or -1")
-
-
-def step_of(path):
-    """The step in a checkpoint's header, or None where it has no readable one."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        header = file.read(HEADER.size)
-        if len(header) == HEADER.size and header.startswith(MAGIC):
-            return HEADER.unpack(header)[2]
-    return None
+# -----------------------------------------------------------------------------
+# loading
 
 
 def load_newest(folder, kinds=None):
@@ -158,9 +156,8 @@ def load_newest(folder, kinds=None):
     checkpoint is skipped with a warning on standard error for the one before; UserError where all are.
     """
     paths = list(find_checkpoints(folder).items())
-    best = Path(folder) / "checkpoints" / "best.pt"
-    if best.is_file():
-        paths.append((-1 if (step := step_of(best)) is None else step, best))
+    if (best := best_path(folder)).is_file():
+        paths.append((step_of(best), best))
     for _, path in sorted(paths, reverse=True):
         try:
             return load_checkpoint(path, kinds)
@@ -176,53 +173,31 @@ def load_checkpoint(path, kinds=None):
 
     kinds: {name: type} of the entries that it must hold.
 
-    UserError where the file does not exist, is not a checkpoint, is truncated, damaged, of another format
-    version, or holds anything but tensors and plain values (nothing of it is run).
+    UserError where the file does not exist, is damaged or no checkpoint, or holds anything but tensors and plain
+    values (nothing of it is run).
     """
     data = utils.read_regular(path, "a checkpoint")
-    payload = verified_payload(data, path)
+    if hashlib.sha256(memoryview(data)[:-DIGEST]).hexdigest().encode() != data[-DIGEST:]:
+        raise UserError(f"{path} is damaged or no checkpoint (its checksum does not fit): use another checkpoint")
     try:
-        refuse_inflation(payload)
+        refuse_inflation(data)
         with warnings.catch_warnings(action="ignore"):  # of odd pickles; they are refused in one sentence
-            state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-        check_plain(state, len(payload))
-        if type(state.get("step")) is not int or state["step"] != HEADER.unpack_from(data)[2]:
-            raise ValueError("another step inside than in the header")
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        check_plain(state, len(data))
+        if type(state["step"]) is not int or not 0 <= state["step"] < 1 << 63:
+            raise ValueError("no step")
     except Exception as error:  # torch.load has no error class of its own, and the file may come from anybody
-        raise UserError(
-            f"{path} was not written by this program and is refused "
-            f"(it holds something other than tensors and plain values): use another checkpoint"
-        ) from error
+        what = "it holds something other than tensors and plain values"
+        raise UserError(f"{path} was not written by this program ({what}): use another checkpoint") from error
     if problem := wrong_entry(state, kinds or {}):
         raise UserError(f"{path} {problem}: use another checkpoint")
     return state
 
 
-def verified_payload(data, path):
-    """The payload of a checkpoint's bytes, whose checksum was compared. UserError where it is not whole."""
-    if len(data) < PREFIX_BYTES and MAGIC.startswith(data[: len(MAGIC)]):
-        raise UserError(f"{path} is truncated ({len(data)} bytes): use another checkpoint")
-    if not data.startswith(MAGIC):
-        raise UserError(f"{path} is not a checkpoint of this program, or its first bytes are damaged")
-    _, version, _, length = HEADER.unpack_from(data)
-    if version != CHECKPOINT_VERSION:
-        raise UserError(
-            f"{path} is of format version {version}, and this program reads version {CHECKPOINT_VERSION}: "
-            "load it with the version of the program that wrote it, or train again"
-        )
-    whole = PREFIX_BYTES + length
-    if len(data) < whole:
-        raise UserError(f"{path} is truncated ({len(data)} of {whole} bytes): use another checkpoint")
-    payload = data[PREFIX_BYTES:]
-    if hashlib.sha256(data[: HEADER.size] + payload).digest() != data[HEADER.size : PREFIX_BYTES]:
-        raise UserError(f"{path} is damaged (its checksum does not fit): use another checkpoint")
-    return payload
-
-
-def refuse_inflation(payload):
+def refuse_inflation(data):
     """ValueError where an archive would unpack to more than its own size; `torch.save` does not compress."""
-    with zipfile.ZipFile(io.BytesIO(payload)) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > len(payload):
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > len(data):
             raise ValueError("compressed entries")
 
 
@@ -253,14 +228,29 @@ def check_plain(state, budget):
             raise ValueError("more values than bytes")
 
 
-# What a checkpoint holds beside its step; see `save`.
-STATE = {
-    "system": dict,
-    "last": dict,
-    "optimizer": dict,
-    "loop": dict,
-    "options": dict,
-    "fingerprint": str,
-    "item_ids": list,
-    "levels": list,
-}
+def wrong_entry(entries, kinds):
+    """Which entry a dictionary lacks or holds in another type than `kinds` ({name: type}) says, or None."""
+    for name, kind in kinds.items():
+        if name not in entries:
+            return f"lacks '{name}'"
+        if not isinstance(entries[name], kind) or isinstance(entries[name], bool):
+            return f"holds '{name}' as {type(entries[name]).__name__}, not {kind.__name__}"
+    if "item_ids" in kinds and not is_catalogue(entries["item_ids"]):
+        return "holds 'item_ids' that are not distinct numbers or distinct texts"
+    return None
+
+
+def is_catalogue(ids):
+    """Whether item ids, a list, are distinct numbers or distinct texts, each of which can be printed."""
+    if {type(item) for item in ids} not in ({int}, {str}) or len(set(ids)) < len(ids):
+        return False
+    with contextlib.suppress(ValueError):  # lone surrogates, numbers of thousands of digits
+        return bool("".join(map(str, ids)).encode())
+    return False
+
+
+def check_fingerprint(stored, fingerprint, source):
+    """UserError where `source` (a run or checkpoint) was made from other ratings than those at hand."""
+    if stored != fingerprint:
+        other = f"fingerprint {stored!s:.12}, that of the ratings given is {fingerprint:.12}"
+        raise UserError(f"{source} belongs to other data ({other}): give the same --data_path, --mode and filters")

@@ -2,26 +2,20 @@
 
 from torch import nn
 
-from models.layers import GRU, Norm, ask_layers, read_layers
+from models.layers import GRU, LayerNorm, encode_history, encode_query
 
 
 class GRU4Rec(nn.Module):
-    """Encoder of `gru4rec_n_layers` GRU layers and a norm; the state at a position has seen the items up to it."""
+    """An encoder (see `models.learner`) of GRU layers and a norm; a state has seen the items up to its position."""
 
-    causal = True
-    reads_queries = False
-
-    def __init__(self, options):
+    def __init__(self, hidden, heads, layers, length):
         super().__init__()
-        self.hidden = options.gru4rec_hidden_size
-        self.layers = nn.ModuleList(GRU(self.hidden, self.hidden) for _ in range(options.gru4rec_n_layers))
-        self.norm = Norm(self.hidden)
+        self.layers = nn.ModuleList(GRU(hidden, hidden) for _ in range(layers))
+        self.norm = LayerNorm(hidden)
 
-    def read(self, history, tasks):
-        """Histories (R, S, D) -> (states of the same shape, what `ask` needs of them)."""
-        states, last = read_layers(self.layers, history, tasks)
+    def encode_history(self, items, tasks):
+        states, last = encode_history(self.layers, items, tasks)
         return self.norm(states), last
 
-    def ask(self, query, last):
-        """Queries (Q, D) -> states of the same shape."""
-        return self.norm(ask_layers(self.layers, query, last))
+    def encode_query(self, items, memory):
+        return self.norm(encode_query(self.layers, items, memory))

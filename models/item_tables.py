@@ -1,15 +1,18 @@
-"""Where the learner's item tables start: fitted to the training users, once by all of them and once without each part.
+"""Where the learner's item tables start: fitted to the training users, once by all of them and once without each fold.
 
 A table fitted to a user's own ratings knows them, and a learner trained on such users would trust it too much: a new
-user's ratings are in no table. So a training user meets tables that were fitted without their part of the users.
+user's ratings are in no table. So a training user meets tables that were fitted without their fold of the users.
 """
 
 import contextlib
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy import linalg, sparse
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
+from dataloader import FOLDS
 from models import factor_analysis
 from models.learner import hidden_size
 from utils import UserError
@@ -19,7 +22,31 @@ LENGTH = 2.0  # of each item's embedding
 MOST_DENSE = 10_000  # items whose common users fit a matrix
 
 
+class Fit(NamedTuple):
+    whole: dict  # {name: (n_items, width)} fitted to all training users
+    shifts: (
+        dict  # {name: (FOLDS + 1, n_items + 1, width)} what to add for the users of each fold; rows from catalogue 0
+    )
+
+
 def fit(sequences, users, n_items, options):
+    """`Fit` of item effects, factors and embeddings to the ratings of the training `users`.
+
+    Fold f has the users whose number is f - 1 modulo FOLDS; fold 0 has nobody, and zeros. The tables without a fold are
+    turned so that they lie closest to the whole ones.
+    """
+    whole = fit_tables(sequences, users, n_items, options)
+    shifts = {name: np.zeros((FOLDS + 1, n_items + 1, table.shape[1]), np.float32) for name, table in whole.items()}
+    for fold in range(FOLDS):
+        others = users[users % FOLDS != fold]
+        if 0 < len(others) < len(users):
+            for name, table in fit_tables(sequences, others, n_items, options).items():
+                turn, _ = linalg.orthogonal_procrustes(table, whole[name])
+                shifts[name][fold + 1, 1:] = table @ turn - whole[name]
+    return Fit(whole, {name: torch.from_numpy(shift) for name, shift in shifts.items()})
+
+
+def fit_tables(sequences, users, n_items, options):
     """Item effects, factors and embeddings from the ratings of `users` alone: {name: (n_items, width)}."""
     effect, factor = factor_analysis.fit(
         sequences, users, n_items, options.num_factors, options.factor_prior, seed=options.model_init_seed
@@ -28,20 +55,9 @@ def fit(sequences, users, n_items, options):
     return {"item_effect": effect[:, None], "item_factor": factor, "item_embedding": embedding}
 
 
-def fit_apart(sequences, users, n_items, options, whole):
-    """What to add to the tables `whole` for a user of part 1, 2, ...: {name: (cross_fit + 1, n_items, width)}.
-
-    Part p has the users whose number is p - 1 modulo `cross_fit`; part 0 has nobody, and zeros. The tables are turned
-    so that they lie closest to `whole`.
-    """
-    shifts = {name: np.zeros((options.cross_fit + 1, *table.shape), np.float32) for name, table in whole.items()}
-    for part in range(options.cross_fit):
-        others = users[users % options.cross_fit != part]
-        if 0 < len(others) < len(users):
-            for name, table in fit(sequences, others, n_items, options).items():
-                turn, _ = linalg.orthogonal_procrustes(table, whole[name])
-                shifts[name][part + 1] = table @ turn - whole[name]
-    return shifts
+def count_ratings(sequences, users, n_items):
+    """Number of ratings (n_items,) that the `users` gave each item."""
+    return np.bincount(factor_analysis.rating_places(sequences, users)[1], minlength=n_items)
 
 
 def embed(sequences, users, n_items, width):
@@ -73,5 +89,5 @@ def leading(rated, own, width):
         with contextlib.suppress(ArpackError):  # of few users, whose ratings span too little for Lanczos' method
             return eigsh(common, width + 1, which="LA", v0=np.ones(size))
     if size > MOST_DENSE:
-        raise UserError(f"too few users rated these {size:,} items to start item tables from: give --init_items=random")
+        raise UserError(f"too few users rated these {size:,} items to start item tables from: give --head=plain")
     return np.linalg.eigh((rated.T @ rated).toarray() - np.diag(own))

@@ -1,42 +1,53 @@
-"""The learner: item tables, one of four encoders, and the head that turns a state into a rating."""
+"""The learner: item tables, an encoder, and the head that turns its states into ratings.
+
+The contract of an encoder, which is one module in `models/` and one entry of `options.LEARNERS`:
+
+    __init__(hidden, heads, layers, length)      hidden is D; S < length; see `options.Entry`
+    encode_history(items, tasks)                 embedded items (T, R, S, D) -> (states (T, R, S, D), memory)
+    encode_query(items, memory)                  embedded items (T, Q, D)    -> states (T, Q, D)
+
+A position reads positions of its own segment only; `tasks.segment`, 0 for padding, and `tasks.position` say where it is
+(see `dataloader.Tasks`). The memory is a tuple, nested if need be, of tensors (T, ...) about the first `n_support`
+positions of row 0, the whole support. A query reads this memory and itself. Parameters may have a task dimension T in
+front, so an encoder is made of the layers in `models/layers.py`.
+"""
+
+import pkgutil
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.bert4rec import BERT4Rec
-from models.error_attention import ErrorAttention, add_errors, errors
-from models.gru4rec import GRU4Rec
-from models.kernels import Dot
-from models.layers import Linear, append_queries, last_state, look_up_all, spread
-from models.narm import NARM
-from models.sasrec import SASRec
+from models.error_attention import ErrorAttention
+from models.layers import Linear, broadcast_parameter, dot, look_up
+from options import LEARNERS
 
-ENCODERS = {"bert4rec": BERT4Rec, "sasrec": SASRec, "narm": NARM, "gru4rec": GRU4Rec}
 TABLES = ("item_embedding", "item_effect", "item_factor")  # one row an item; row 0 is padding
 
 
 class Learner(nn.Module):
-    """Items (and ratings, with `use_rating_input`) in, one standardised rating per position out.
+    """Items in, one standardised rating for each position and query out.
 
-    A position's own rating never reaches its prediction. One task or, with a dimension in front, many (see layers.py).
+    A position's own rating never reaches its prediction.
     """
 
     def __init__(self, n_items, options):
         super().__init__()
-        generator = torch.Generator().manual_seed(options.model_init_seed)
+        hidden, joint = hidden_size(options), options.head == "joint"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.model_init_seed)
-            self.encoder = ENCODERS[options.model](options)
-            self.read_rating = ReadRating(self.encoder.hidden) if options.use_rating_input else None
-            hidden = self.encoder.hidden
-            joint = options.head == "joint"
+            self.encoder = build_encoder(options)
             self.head = JointHead(hidden, options.num_factors) if joint else PlainHead(hidden)
-            self.errors = ErrorAttention(options, hidden) if joint and options.error_heads else None
-        self.item_embedding = table(n_items, self.encoder.hidden, 0.02, generator)
+            self.errors = ErrorAttention(hidden, options.num_factors, options.max_seq_len) if joint else None
+        generator = torch.Generator().manual_seed(options.model_init_seed)
+        self.item_embedding = table(n_items, hidden, 0.02, generator)
         if joint:
             self.item_effect = table(n_items, 1, 0.0, generator)
             self.item_factor = table(n_items, options.num_factors, 0.1, generator)
+
+    def tables(self):
+        """{name: (n_items + 1, width)} of the item tables that this learner has."""
+        return {name: getattr(self, name) for name in TABLES if hasattr(self, name)}
 
     def start_items(self, tables):
         """Start the item tables from {name: (n_items, width)}, effects and factors in standard deviations."""
@@ -44,108 +55,72 @@ class Learner(nn.Module):
             for name, values in tables.items():
                 self.get_parameter(name)[1:] = torch.as_tensor(values)
 
-    def shift_items(self, shifts):
-        """Keep {name: (parts, n_items, width)}, added to the tables for tasks of each part. No checkpoint has them."""
-        for name in self.table_names():  # in this order, in every process
-            values = F.pad(torch.as_tensor(shifts[name]), (0, 0, 1, 0))
-            self.register_buffer(f"{name}_shift", values, persistent=False)
-
-    def rows(self, name, tasks, sparse=False):
-        """The rows (T, U, width) of an item table that the tasks use, shifted for their parts of the users."""
-        rows, shift = F.embedding(tasks.table, self.get_parameter(name), sparse=sparse), f"{name}_shift"
-        return rows + getattr(self, shift)[tasks.part[:, None], tasks.table] if hasattr(self, shift) else rows
-
-    def table_names(self):
-        """Names of the tables that this learner has."""
-        return [name for name in TABLES if hasattr(self, name)]
-
-    def tables(self):
-        """{name: (n_items + 1, width)} of the tables that this learner has."""
-        return {name: self.get_parameter(name) for name in self.table_names()}
-
     def forward(self, method, *arguments):
-        """What a method of this class gives: torch's functional_call, which lends it other parameters, calls this."""
+        """Call a method by its name; `torch.func.functional_call` calls this with other parameters."""
         return getattr(self, method)(*arguments)
 
-    def predict(self, tasks, tables, at_once=None):
-        """Predictions of one task: (R, S) for its positions, (Q,) for its queries, in standard deviations.
-
-        Queries are answered `at_once` at a time.
-        """
-        history, memory = self.read(tasks, tables)
-        parts = tasks.query_items.split(at_once or tasks.query_items.shape[-1], -1)
-        return history, torch.cat([self.answer(items, memory, tables) for items in parts], -1)
-
-    def read(self, tasks, tables):
-        """Predictions (R, S) for a task's positions, and what `answer` needs of them: tensors in tuples, and None."""
+    def predict_support(self, tasks, tables):
+        """Predictions (T, R, S) for the support, and the memory that `predict_query` needs, from rows of the tables."""
         rows = look_up_all(tables, tasks.items)
-        states, weights, memory = self.read_states(tasks, rows)
-        history = self.head(states, rows)
-        if weights is None:
-            return history, (memory, None)
-        error = errors(history, tasks)
-        return add_errors(history, weights, error), (memory, error.select(-2, 0))
+        states, memory = self.encoder.encode_history(rows["item_embedding"], tasks)
+        predicted = self.head(states, rows)
+        if self.errors is None:
+            return predicted, (memory,)
+        weights, of_errors = self.errors.encode_history(rows, tasks)
+        error = (tasks.ratings - predicted) * (tasks.segment > 0)
+        return predicted + apply(weights, error), (memory, of_errors, error[:, 0])
 
-    def answer(self, items, memory, tables):
-        """Predictions (Q,) for query items (Q,)."""
-        memory, error = memory
+    def predict_query(self, items, memory, tables):
+        """Predictions (T, Q) for query items (T, Q), places in the tables."""
         rows = look_up_all(tables, items)
-        states, weights = self.ask_states(rows, memory)
-        query = self.head(states, rows)
-        return query if weights is None else add_errors(query, weights, error)
+        predicted = self.head(self.encoder.encode_query(rows["item_embedding"], memory[0]), rows)
+        if self.errors is None:
+            return predicted
+        return predicted + apply(self.errors.encode_query(rows, memory[1]), memory[2])
 
-    def linear(self, tasks, tables):
-        """Predictions as inner products with (1, what the head adapts, laid end to end): (R, S, 1 + P), (Q, 1 + P)."""
-        if self.encoder.reads_queries and self.read_rating is None and tasks.items.shape[-2] == 1:
-            return self.linear_of_one_row(tasks, tables)
-        rows, of_items = look_up_all(tables, tasks.items), look_up_all(tables, tasks.query_items)
-        states, weights, memory = self.read_states(tasks, rows)
-        asked, of_query = self.ask_states(of_items, memory)
-        history, query = self.head.linear(states, rows), self.head.linear(asked, of_items)
-        if weights is None:
-            return history, query
-        error = linear_errors(history, tasks)
-        return history + weights @ error, query + of_query @ error.select(-3, 0)
+    def predict(self, tasks, tables, at_once=None):
+        """Predictions for the support (T, R, S) and for the queries (T, Q), `at_once` queries at a time."""
+        support, memory = self.predict_support(tasks, tables)
+        parts = tasks.query_items.split(at_once or tasks.query_items.shape[-1], -1)
+        return support, torch.cat([self.predict_query(items, memory, tables) for items in parts], -1)
 
-    def linear_of_one_row(self, tasks, tables):
-        """`linear` of tasks of one row in half the calls: queries are further positions, which no other reads."""
-        parts, longer = [tasks.items.shape[-1], tasks.query_items.shape[-1]], append_queries(tasks)
-        rows = look_up_all(tables, longer.items)
-        found = self.head.linear(self.encoder.read(rows["item_embedding"], longer)[0], rows)
-        if self.errors is not None:
-            error = linear_errors(found.split(parts, -2)[0], tasks)
-            found = found + self.errors.of_one_row(tasks, rows) @ error
-        history, query = found.split(parts, -2)
-        return history, query.squeeze(-3)
+    def features(self, tasks, tables):
+        """Features of support (T, R, S, 1 + P) and queries (T, Q, 1 + P).
 
-    def read_states(self, tasks, rows):
-        """Of histories, from their items' rows: states (R, S, D), weights of earlier errors (R, S, S) or None, and what
-        `ask_states` needs."""
-        history, rated = rows["item_embedding"], None
-        if self.read_rating is not None:
-            history, rated = self.read_rating(history, tasks, self.encoder.causal)
-        states, past = self.encoder.read(history, tasks)
-        weights, errors = (None, None) if self.errors is None else self.errors(tasks, rows)
-        return states, weights, (rated, past, errors)
-
-    def ask_states(self, rows, memory):
-        """Of queries, from their items' rows: states (Q, D), weights of the errors in row 0 (Q, S) or None."""
-        rated, past, errors = memory
-        query = rows["item_embedding"]
-        states = self.encoder.ask(query if rated is None else query + rated, past)
-        return states, None if errors is None else self.errors.ask(rows, errors)
+        Their inner products with (1, the head's adapted parameters laid end to end) are the predictions.
+        """
+        rows, query_rows = look_up_all(tables, tasks.items), look_up_all(tables, tasks.query_items)
+        states, memory = self.encoder.encode_history(rows["item_embedding"], tasks)
+        query_states = self.encoder.encode_query(query_rows["item_embedding"], memory)
+        support, query = self.head.features(states, rows), self.head.features(query_states, query_rows)
+        if self.errors is None:
+            return support, query
+        weights, of_errors = self.errors.encode_history(rows, tasks)
+        ratings = F.pad(tasks.ratings[..., None], (0, support.shape[-1] - 1))
+        error = (ratings - support) * (tasks.segment > 0)[..., None]
+        return support + weights @ error, query + self.errors.encode_query(query_rows, of_errors) @ error[:, 0]
 
 
-def linear_errors(features, tasks):
-    """The errors of predictions that are inner products with (1, p), as such products too: both (R, S, 1 + P)."""
-    ratings = F.pad(tasks.ratings[..., None], (0, features.shape[-1] - 1))
-    return (ratings - features) * tasks.known[..., None]
+def apply(weights, errors):
+    """Sums (T, ..., N) of errors (T, ..., M) by weights (T, ..., N, M)."""
+    return (weights @ errors[..., None])[..., 0]
+
+
+def look_up_all(tables, places):
+    """Rows {name: (T, ..., width)} of tables {name: (U, width) or (T, U, width)} at places (T, ...)."""
+    return {name: look_up(table, places) for name, table in tables.items()}
 
 
 def hidden_size(options):
     """Width of the encoder's states and of the item embeddings."""
-    units = {"narm": options.narm_hidden_size, "gru4rec": options.gru4rec_hidden_size}
-    return units.get(options.model, options.bert_hidden_units)
+    return getattr(options, LEARNERS[options.model].hidden)
+
+
+def build_encoder(options):
+    """The encoder that `options.LEARNERS` names, with the sizes of its options."""
+    entry = LEARNERS[options.model]
+    heads, layers = getattr(options, entry.heads), getattr(options, entry.layers)
+    return pkgutil.resolve_name(entry.encoder)(hidden_size(options), heads, layers, options.max_seq_len)
 
 
 def table(n_items, width, std, generator):
@@ -155,29 +130,10 @@ def table(n_items, width, std, generator):
     return nn.Parameter(values)
 
 
-class ReadRating(nn.Module):
-    """Adds known ratings to the inputs: a causal encoder gets the previous item's, a cloze its own."""
-
-    def __init__(self, hidden):
-        super().__init__()
-        self.by_item = Linear(hidden, hidden, bias=False)
-        self.by_value = Linear(2, hidden)
-
-    def forward(self, history, tasks, causal):
-        """Inputs (R, S, D) with ratings added, and what is to be added to queries (1, D) or None."""
-        values = torch.stack([tasks.ratings, torch.ones_like(tasks.ratings)], -1)
-        rated = tasks.ratings[..., None] * self.by_item(history) + self.by_value(values)
-        rated = rated * tasks.known[..., None]
-        if not causal:
-            return history + rated, None
-        same = (tasks.segment[..., 1:] == tasks.segment[..., :-1])[..., None]
-        return history + F.pad(rated[..., :-1, :] * same, (0, 0, 1, 0)), last_state(rated, tasks)[..., None, :]
-
-
 class JointHead(nn.Module):
     """item effect + user bias + item factor . (user vector + A state) + state weight . state.
 
-    User bias, user vector and state weight are what adapts to a user.
+    User bias, user vector and state weight adapt to a user.
     """
 
     adapted = ("head.user_bias", "head.user_vector", "head.state_weight")
@@ -191,16 +147,15 @@ class JointHead(nn.Module):
         nn.init.zeros_(self.to_vector.weight)
 
     def forward(self, state, rows):
-        """Predictions (...) from states (..., D) and the items' rows {name: (..., width)}."""
-        vector = spread(self.user_vector, state) + self.to_vector(state)
-        bias = spread(self.user_bias, state[..., 0], 0)
-        effect, factor = rows["item_effect"][..., 0], rows["item_factor"]
-        return effect + bias + (factor * vector).sum(-1) + dot(state, self.state_weight)
+        """Predictions (T, ...) from states (T, ..., D) and the items' rows {name: (T, ..., width)}."""
+        vector = broadcast_parameter(self.user_vector, state) + self.to_vector(state)
+        bias = rows["item_effect"][..., 0] + broadcast_parameter(self.user_bias, state[..., 0], 0)
+        return bias + (rows["item_factor"] * vector).sum(-1) + dot(state, self.state_weight)
 
-    def linear(self, state, rows):
-        """What the prediction is the inner product of with (1, bias, user vector, state weight): (..., 1 + P)."""
-        effect, factor = rows["item_effect"], rows["item_factor"]
-        effect = effect + (factor * self.to_vector(state)).sum(-1, keepdim=True)
+    def features(self, state, rows):
+        """Features (T, ..., 1 + P) whose inner products with (1, bias, user vector, state weight) are predictions."""
+        factor = rows["item_factor"]
+        effect = rows["item_effect"] + (factor * self.to_vector(state)).sum(-1, keepdim=True)
         return torch.cat([effect, torch.ones_like(effect), factor.expand(*effect.shape[:-1], -1), state], -1)
 
 
@@ -215,16 +170,9 @@ class PlainHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, state, rows):
-        return dot(state, self.weight) + spread(self.bias, state[..., 0], 0)
+        return dot(state, self.weight) + broadcast_parameter(self.bias, state[..., 0], 0)
 
-    def linear(self, state, rows):
-        """What the prediction is the inner product of with (1, weight, bias): (..., 1 + P)."""
+    def features(self, state, rows):
+        """Features (T, ..., 1 + P) whose inner products with (1, weight, bias) are predictions."""
         one = torch.ones_like(state[..., :1])
         return torch.cat([torch.zeros_like(one), state, one], -1)
-
-
-def dot(state, weight):
-    """Inner products of states (..., D) with a weight (D,), or of each task's with its own (T, D)."""
-    if weight.dim() == 1:
-        return state @ weight
-    return Dot.apply(state, weight)

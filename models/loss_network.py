@@ -1,101 +1,110 @@
 """The task-adaptive loss: how much each support rating of a user counts in the inner steps (MELO).
 
-A loss network is called once per inner step with the tasks' predictions and returns half the slope of each position's
-loss in its prediction, (B, R, S): the weighted error (mlp, lstm), or that of a loss learned beside the squared one
-(metal). Weights are positive, and with --normalize_loss=True of mean 1 over a user's support, so that weighting is not
-confounded with step size. A fresh network gives the squared error.
+A loss is one class and one entry of `options.LOSS_NETWORKS`. It has two methods. `prepare(tasks)` computes what no
+prediction changes. `forward(prepared, step, predicted, tasks)` gives half the derivative of each position's loss in its
+prediction, (T, R, S): the weighted error (mlp, lstm), or that of a loss learned beside the squared one (metal). Weights
+are positive, and with --normalize_loss=True of mean 1 over a user's support, so that weighting is not confounded with
+step size. A fresh network gives the squared error.
 """
 
 import math
+import pkgutil
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import grad
 
-from models.kernels import LSTMScan
-from models.layers import continues, has_one_block, of_blocks, over_task
+from models.layers import continues
+from models.recurrent import LSTMScan
+from options import LOSS_NETWORKS
 
 FEATURES = ("loss", "predictions", "labels", "rating_mean", "rating_std", "recency", "num_samples")
 
 
 def build(options, scale):
-    """The loss network that the options ask for, or None for the plain squared error.
-
-    `scale` is the lowest and highest rating in standard deviations from the mean.
-    """
+    """The loss that the options ask for; `scale` is the lowest and highest rating in standard deviations."""
     if not options.use_adaptive_loss:
-        return None
+        return SquaredError()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.model_init_seed)
-        return {"lstm": LSTMLoss, "mlp": MLPLoss, "metal": MetaLoss}[options.loss_network](options, scale)
+        return pkgutil.resolve_name(LOSS_NETWORKS[options.loss_network])(options, scale)
+
+
+class SquaredError(nn.Module):
+    """The loss of MAML: every rating counts the same."""
+
+    def prepare(self, tasks):
+        return None
+
+    def forward(self, prepared, step, predicted, tasks):
+        return predicted - tasks.ratings
+
+
+def rating_weights(loss, step, predicted, tasks):
+    """Derivative of each position's loss relative to the squared error's (T, R, S); 0 at padding."""
+    # Both derivatives vanish at the rating itself, so that the ratio is taken beside it.
+    predicted = torch.where((predicted - tasks.ratings).abs() < 1e-3, tasks.ratings + 1e-3, predicted)
+    slope = loss(loss.prepare(tasks), step, predicted, tasks)
+    return slope / (predicted - tasks.ratings) * (tasks.segment > 0)
+
+
+# -----------------------------------------------------------------------------
+# what a loss network sees
+
+
+def sum_per_task(values):
+    """Sums over all positions of each task: (T, R, S) -> (T, 1, 1)"""
+    return values.sum((1, 2), keepdim=True)
 
 
 def user_statistics(tasks):
-    """Mean and deviation of the user's support ratings and their number, each (1, 1)."""
-    counted = tasks.times.to(tasks.ratings.dtype)
-    total = over_task(counted, tasks).clamp_min(1)
-    mean = over_task(tasks.ratings * counted, tasks) / total
-    std = over_task((tasks.ratings - mean).square() * counted, tasks).div(total).add(1e-6).sqrt()
-    return mean, std, (tasks.query_last + 1).to(mean.dtype)[..., None, None]
+    """Mean and deviation of the user's support ratings and their number, each (T, 1, 1)."""
+    total = sum_per_task(tasks.times).clamp_min(1)
+    mean = sum_per_task(tasks.ratings * tasks.times) / total
+    std = (sum_per_task((tasks.ratings - mean).square() * tasks.times) / total + 1e-6).sqrt()
+    return mean, std, tasks.n_support.to(mean.dtype)[:, None, None]
 
 
-def counting(tasks):
-    """What `normalise` needs of how often positions count, (R, S) each: its logarithm, and the number of all that count
-    over it. The lowest number and 0 where a position does not count."""
-    times = tasks.times.to(tasks.ratings.dtype)
-    worth = over_task(times, tasks) / times.clamp_min(1) * tasks.support
-    return times.log().clamp_min(torch.finfo(times.dtype).min), worth
-
-
-def normalise(log_weight, tasks, counted):
-    """exp(log_weight) scaled to mean 1 over the support positions, each as often as it counts; 0 elsewhere.
-
-    `counted` is what `counting` gives.
-    """
-    log_times, worth = counted
-    return softmax_over_task(log_weight + log_times, tasks) * worth
-
-
-def softmax_over_task(values, tasks):
-    """Softmax of values (B, R, S) over all positions of a task."""
-    if has_one_block(tasks):
-        return values.flatten(-2).softmax(-1).view_as(values)
-    top = values.detach().amax((-2, -1), keepdim=True)
-    top = top[: len(tasks.table)].scatter_reduce(0, tasks.task[:, None, None], top, "amax")
-    sizes = (values - of_blocks(top, tasks)).exp()
-    return sizes / over_task(sizes, tasks)
-
-
-def task_features(known, prediction, tasks, options):
-    """What is known of each position, (R, S, F): see FEATURES; those switched off by --task_info_* are 0.
-
-    `known` is what `known_features` gives.
-    """
-    of_prediction = {"loss": (prediction - tasks.ratings).square(), "predictions": prediction}
-    return torch.cat([*columns(of_prediction, options), known], -1)
+def normalise(log_weight, tasks):
+    """exp(log_weight) (T, R, S) scaled to mean 1 over the support, each position as often as it counts; 0 elsewhere."""
+    times = tasks.times.to(log_weight.dtype)
+    counted = torch.where(times > 0, times, torch.finfo(times.dtype).tiny)
+    share = (log_weight + counted.log()).flatten(1).softmax(-1).view_as(log_weight)
+    return share * (sum_per_task(times) / counted.clamp_min(1)) * (times > 0)
 
 
 def known_features(tasks, options):
-    """The features that depend on no prediction, the same at every inner step."""
+    """The features that depend on no prediction (T, R, S, 5); see FEATURES. Those that an option turns off are 0."""
     mean, std, count = user_statistics(tasks)
-    of_ratings = {"labels": tasks.ratings, "rating_mean": mean, "rating_std": std}
     longest = options.max_seq_len
-    features = {**of_ratings, "recency": tasks.position / longest, "num_samples": count / longest}
-    expanded = {name: values.expand(tasks.ratings.shape) for name, values in features.items()}
-    return torch.cat(columns(expanded, options), -1)
+    features = {
+        "labels": tasks.ratings, "rating_mean": mean, "rating_std": std, "recency": tasks.position / longest,
+        "num_samples": count / longest,
+    }  # fmt: skip
+    return stack({name: values.expand(tasks.ratings.shape) for name, values in features.items()}, options)
 
 
-def columns(features, options):
-    """Features {name: (R, S)} as a list of (R, S, 1), 0 for those switched off."""
-    used = (values if getattr(options, f"task_info_{name}", True) else values * 0 for name, values in features.items())
-    return [values[..., None] for values in used]
+def all_features(known, predicted, tasks, options):
+    """All features (T, R, S, F) from those of `known_features` and the predictions (T, R, S)."""
+    changing = {"loss": (predicted - tasks.ratings).square(), "predictions": predicted}
+    return torch.cat([stack(changing, options), known], -1)
+
+
+def stack(features, options):
+    """Features {name: (T, R, S)} as (T, R, S, F), 0 for those that a --task_info option turns off."""
+    used = {name: getattr(options, f"task_info_{name}", True) for name in features}
+    return torch.stack([values if used[name] else torch.zeros_like(values) for name, values in features.items()], -1)
+
+
+# -----------------------------------------------------------------------------
+# loss networks
 
 
 class LSTMLoss(nn.Module):
     """An LSTM with a learned start reads a window's embedded ratings; its states give the weights.
 
-    It sees ratings alone, so its weights are the same at every inner step and computed once a task.
+    It sees ratings alone, so its weights are the same at every inner step.
     """
 
     def __init__(self, options, scale):
@@ -106,68 +115,60 @@ class LSTMLoss(nn.Module):
         widths = [inputs] + [hidden] * (options.lstm_num_layers - 1)
         self.cells = nn.ModuleList(nn.Linear(width + hidden, 4 * hidden) for width in widths)
         self.start = nn.Parameter(torch.zeros(options.lstm_num_layers, 2, hidden))
-        self.output = nn.Linear(hidden, 1)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        self.output = zero_linear(hidden, options.normalize_loss)
         self.normalised = options.normalize_loss
-        self.output.bias.requires_grad_(not self.normalised)  # normalising takes it out again
 
     def prepare(self, tasks):
-        """Weight of each position (R, S)."""
-        # Bumps along the data's own scale take ratings of any scale, half stars included, without a table of values.
+        """Weight of each position (T, R, S)."""
+        # Bumps along the scale take ratings of any scale, half stars included, without a table of values.
         width = self.centres[1] - self.centres[0]
         states = self.embed(torch.exp(-((tasks.ratings[..., None] - self.centres) / width).square()))
         for cell, start in zip(self.cells, self.start, strict=True):
             states = LSTMScan.apply(states, continues(tasks), cell.weight, cell.bias, start)
         log_weight = self.output(states)[..., 0]
-        return normalise(log_weight, tasks, counting(tasks)) if self.normalised else log_weight.exp() * tasks.support
+        return normalise(log_weight, tasks) if self.normalised else log_weight.exp()
 
-    def forward(self, prepared, step, prediction, tasks):
-        return prepared * (prediction - tasks.ratings)
+    def forward(self, prepared, step, predicted, tasks):
+        return prepared * (predicted - tasks.ratings)
 
 
 class MLPLoss(nn.Module):
-    """An MLP per inner step on each position's statistics gives its weight."""
+    """An MLP for each inner step turns each position's statistics into its weight."""
 
     def __init__(self, options, scale):
         super().__init__()
         self.options = options
         steps = options.num_inner_steps if options.use_step_loss else 1
-        sizes = len(FEATURES), options.lstm_hidden, options.loss_num_layers
-        self.networks = nn.ModuleList(mlp(*sizes) for _ in range(steps))
-        for network in self.networks:
-            network[-1].bias.requires_grad_(not options.normalize_loss)  # normalising takes it out again
+        self.networks = nn.ModuleList(mlp(options) for _ in range(steps))
 
     def prepare(self, tasks):
-        return known_features(tasks, self.options), counting(tasks) if self.options.normalize_loss else None
+        return known_features(tasks, self.options)
 
-    def weights(self, prepared, step, prediction, tasks):
-        """Weight of each position (R, S); `prepared` is what `prepare` gives."""
-        known, counted = prepared
+    def forward(self, prepared, step, predicted, tasks):
         network = self.networks[min(step, len(self.networks) - 1)]
-        features = task_features(known, prediction, tasks, self.options)
-        log_weight = network(features.flatten(0, -2)).view(features.shape[:-1])
-        if self.options.normalize_loss:
-            return normalise(log_weight, tasks, counted)
-        return log_weight.exp() * tasks.support
-
-    def forward(self, prepared, step, prediction, tasks):
-        return self.weights(prepared, step, prediction, tasks) * (prediction - tasks.ratings)
+        log_weight = network(all_features(prepared, predicted, tasks, self.options))[..., 0]
+        weights = normalise(log_weight, tasks) if self.options.normalize_loss else log_weight.exp()
+        return weights * (predicted - tasks.ratings)
 
 
-def mlp(inputs, hidden, layers):
-    """`layers` hidden layers of tanh units and a linear output that starts at zero."""
-    parts = []
-    for layer in range(layers):
-        parts += [nn.Linear(inputs if layer == 0 else hidden, hidden), nn.Tanh()]
-    output = nn.Linear(hidden, 1)
-    nn.init.zeros_(output.weight)
-    nn.init.zeros_(output.bias)
-    return nn.Sequential(*parts, output)
+def mlp(options):
+    """`loss_num_layers` hidden layers of tanh units and a linear output that starts at zero."""
+    widths = [len(FEATURES)] + [options.lstm_hidden] * options.loss_num_layers
+    hidden = [layer for pair in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(*pair), nn.Tanh())]
+    return nn.Sequential(*hidden, zero_linear(widths[-1], options.normalize_loss))
+
+
+def zero_linear(inputs, normalised):
+    """A linear layer with one output that starts at zero; normalising would cancel its bias, which then stays."""
+    layer = nn.Linear(inputs, 1)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    layer.bias.requires_grad_(not normalised)
+    return layer
 
 
 class MetaLoss(nn.Module):
-    """A learned loss per inner step, added to the squared error, whose own weights phi are shifted for the task:
+    """A learned loss for each inner step, added to the squared error, whose own weights phi are shifted for the task:
 
     phi' = (1 + m gamma) phi + q beta, where (gamma, beta) come from the task's mean features, and m, q start at 0
     (MeTAL: Baik et al., ICCV 2021).
@@ -178,32 +179,28 @@ class MetaLoss(nn.Module):
         self.options = options
         steps = options.num_inner_steps if options.use_step_loss else 1
         hidden, inputs = options.lstm_hidden, len(FEATURES)
-        sizes = (inputs * hidden, hidden, hidden, 1)
-        self.sizes, self.hidden = sizes, hidden
-        phi = torch.randn(steps, sum(sizes)) * inputs**-0.5
+        self.hidden, self.sizes = hidden, (inputs * hidden, hidden, hidden, 1)
+        phi = torch.randn(steps, sum(self.sizes)) * inputs**-0.5
         phi[:, -hidden - 1 :] = 0
         self.phi = nn.Parameter(phi)
-        self.shift = nn.ModuleList(nn.Linear(inputs, 2 * len(sizes)) for _ in range(steps))
+        self.shift = nn.ModuleList(nn.Linear(inputs, 2 * len(self.sizes)) for _ in range(steps))
         self.gates = nn.Parameter(torch.zeros(steps, 2))  # m, q
 
     def prepare(self, tasks):
         return known_features(tasks, self.options)
 
-    def forward(self, prepared, step, prediction, tasks):
-        return grad(lambda predicted: self.losses(prepared, step, predicted, tasks).sum())(prediction) / 2
+    def forward(self, prepared, step, predicted, tasks):
+        return grad(lambda values: self.losses(prepared, step, values, tasks).sum())(predicted) / 2
 
-    def losses(self, prepared, step, prediction, tasks):
-        """Loss of each position (R, S); `prepared` is what `prepare` gives."""
+    def losses(self, prepared, step, predicted, tasks):
+        """The loss of each position (T, R, S), 0 at padding, whose loss depends on the others' predictions too."""
         step = min(step, len(self.phi) - 1)
-        features = task_features(prepared, prediction, tasks, self.options)
-        counted = tasks.times[..., None].to(features.dtype)
-        total, number = (over_task(values, tasks, (-3, -2)) for values in (features * counted, counted))
-        state = (total / number.clamp_min(1))[..., 0, 0, :]
-        gamma, beta = (shift.unbind(-2) for shift in self.shift[step](state)[..., None].chunk(2, -2))
+        features, times = all_features(prepared, predicted, tasks, self.options), tasks.times[..., None]
+        state = (features * times).sum((1, 2)) / times.sum((1, 2)).clamp_min(1)  # (T, F)
+        gamma, beta = self.shift[step](state).chunk(2, -1)
         m, q = self.gates[step]
-        parts = self.phi[step].split(self.sizes)
-        first, bias, second, last = ((1 + m * g) * part + q * b for part, g, b in zip(parts, gamma, beta, strict=True))
-        first = first.unflatten(-1, (-1, self.hidden))[..., None, :, :]
-        inside = torch.tanh(features @ first + bias[..., None, None, :])
-        learned = F.softplus((inside * second[..., None, None, :]).sum(-1) + last[..., None]) - math.log(2)
-        return ((prediction - tasks.ratings).square() + learned) * tasks.support
+        parts = zip(self.phi[step].split(self.sizes), gamma.split(1, -1), beta.split(1, -1), strict=True)
+        first, bias, second, last = ((1 + m * g) * phi + q * b for phi, g, b in parts)  # (T, size) each
+        inside = torch.tanh(features.flatten(1, 2) @ first.unflatten(1, (-1, self.hidden)) + bias[:, None])
+        learned = F.softplus((inside * second[:, None]).sum(-1) + last) - math.log(2)
+        return ((predicted - tasks.ratings).square() + learned.view_as(predicted)) * (tasks.times > 0)

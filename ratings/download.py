@@ -3,21 +3,18 @@
 import hashlib
 import http.client
 import os
-import socket
+import shutil
 import stat
-import sys
-import tempfile
 import time
+import urllib.request
 import zipfile
-import zlib
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
-import wget
 from tqdm import tqdm
 
-from utils import UserError
+from ratings import files
+from utils import UserError, say, shorten
 
 PUBLISHER = "https://files.grouplens.org/datasets/movielens"
 TIMEOUT = 30  # seconds without a byte
@@ -61,51 +58,37 @@ def download_edition(name, root, data_url=None):
     url += "" if url.endswith(".zip") else f"/{name}.zip"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as folder:
-            archive = by_hand if by_hand.exists() else fetch(url, Path(folder).resolve() / f"{name}.zip", edition)
+        with files.temporary_folder(root) as folder:
+            archive = by_hand if by_hand.exists() else fetch(url, folder / f"{name}.zip", edition)
             check(archive, edition)
-            unpacked = unpack(archive, Path(folder, "unpacked"), edition)
+            unpacked = unpack(archive, folder / "unpacked", edition)
             put(unpacked, root / edition.folder, edition.member)
     except (BadArchive, OSError) as error:
         raise UserError(
-            f"cannot get {name} from {by_hand if by_hand.exists() else url} ({error}); fetch "
-            f"{PUBLISHER}/{name}.zip by hand and put it at {by_hand}, or give a mirror with --data_url"
+            f"cannot get {name} from {by_hand if by_hand.exists() else url} ({shorten(error, 300)}); fetch "
+            f"{PUBLISHER}/{name}.zip by hand and put it at {by_hand}, or give a ratings file with --data_path, or a "
+            "mirror with --data_url"
         ) from None
 
 
 def fetch(url, archive, edition):
-    """Download `url` to `archive`, an absolute path, in several tries; raises `BadArchive`."""
+    """Download `url` to `archive` in several tries; raises `BadArchive`."""
     for attempt in range(TRIES):
         time.sleep(PAUSE * attempt)
-        archive.unlink(missing_ok=True)  # wget would choose another name
-        tqdm.write(f"downloading {url}", file=sys.stderr)
-        bar = tqdm(desc=archive.name, unit="B", unit_scale=True, leave=False, disable=None)
+        say(f"downloading {url}")
         try:
-            with bar, time_out(TIMEOUT):
-                wget.download(url, out=str(archive), bar=lambda *progress, bar=bar: show(bar, *progress))
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as response, archive.open("wb") as file:
+                size = int(response.headers.get("Content-Length") or 0)
+                bar = {"total": size or None, "desc": archive.name, "leave": False, "disable": None}
+                with tqdm.wrapattr(response, "read", **bar) as body:
+                    shutil.copyfileobj(body, file)
+            if archive.stat().st_size < size:
+                raise BadArchive("the connection broke off")
             check(archive, edition)
             return archive
         except (BadArchive, OSError, ValueError, http.client.HTTPException) as error:
             failure = error
     raise BadArchive(f"tried {TRIES} times: {failure}")
-
-
-@contextmanager
-def time_out(seconds):
-    """New sockets wait no longer than this: wget has no option for it."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def show(bar, current, total, width):
-    """wget's progress on a tqdm bar; what is returned would be printed."""
-    bar.total = max(total, current)
-    bar.update(current - bar.n)
-    return ""
 
 
 def check(archive, edition):
@@ -129,11 +112,11 @@ def unpack(archive, folder, edition):
                 raise BadArchive(f"it would unpack to {size:,} bytes")
             unsafe = next((member.filename for member in members if leaves(member)), None)
             if unsafe is not None:
-                raise BadArchive(f"its member {unsafe} would be put outside of its folder")
+                raise BadArchive(f"its member {shorten(unsafe)} would be put outside of its folder")
             for member in tqdm(members, desc=f"unpacking {archive.name}", delay=2, leave=False, disable=None):
                 file.extract(member, folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise BadArchive(str(error)) from None
+    except files.DAMAGED as error:
+        raise BadArchive(str(error) or type(error).__name__) from None
     if not (folder / edition.folder / edition.member).is_file():
         raise BadArchive(f"it holds no {edition.folder}/{edition.member}")
     return folder / edition.folder
@@ -142,7 +125,8 @@ def unpack(archive, folder, edition):
 def leaves(member):
     """Whether an archive's member points out of the folder: absolute, upwards, or by a link."""
     path = PurePosixPath(member.filename.replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or stat.S_ISLNK(member.external_attr >> 16)
+    link = stat.S_ISLNK(member.external_attr >> 16)
+    return path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1]) or link
 
 
 def put(unpacked, target, member):

@@ -1,26 +1,27 @@
 """From the rows of a file to `Ratings`: where data sets lie, order, duplicates, filters, ids, scale."""
 
+import bisect
 import hashlib
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ratings import files
 from ratings.download import EDITIONS, download_edition
 from ratings.formats import check_options
 from ratings.readers import read_columns
 from utils import UserError, say
 
 MOST_LEVELS = 20  # more distinct ratings than this are binned
-
-
+ARRAYS = ("user_ids", "item_ids", "offsets", "items", "values", "times", "levels")  # of `Ratings`
 MANY_ROWS = 1 << 22  # ordering more than this takes seconds
-
 
 # Where data sets without a download are looked for, and where to get them.
 PLACES = {
-    "sample": ("Data/sample/ratings.csv", "it comes with the source code"),
+    "sample": (Path(__file__).parents[1] / "Data/sample/ratings.csv", "it comes with the source code"),
     "amazon": (
         "Data/amazon/ratings.csv",
         "get one from https://amazon-reviews-2023.github.io, https://nijianmo.github.io/amazon (2018) or "
@@ -34,12 +35,12 @@ PLACES = {
 class Ratings:
     """Ratings grouped by user, each user's in time order, ties in the file's order. Arrays are read-only."""
 
-    user_ids: np.ndarray  # (n_users,) the file's, ascending; int64 where every id is an integer, else text
+    user_ids: np.ndarray  # (n_users,) text, the file's, ascending; as numbers where every id is an integer
     item_ids: np.ndarray  # (n_items,) likewise
     offsets: np.ndarray  # (n_users + 1,) int64; user u's ratings are rows offsets[u]:offsets[u + 1]
     items: np.ndarray  # (n,) int32, places in item_ids
     values: np.ndarray  # (n,) float32, on the file's own scale
-    times: np.ndarray  # (n,) int64, seconds; row numbers where the file has no time
+    times: np.ndarray  # (n,) int64 or float64, in the file's unit; row numbers where the file has no time
     low: float  # rating scale
     high: float
     levels: np.ndarray  # distinct ratings, ascending; more than 20: the centres of 10 equal bins of the scale
@@ -65,19 +66,28 @@ def data_place(options):
 
 def find_data(options):
     """The ratings file; MovieLens is downloaded to its own place."""
-    check_options(options.mode, options.columns, options.sep)
+    check_options(options)
     edition, (path, source) = EDITIONS.get(options.mode), data_place(options)
-    if edition and not path.exists() and path.parts[-2:] == (edition.folder, edition.member):
-        download_edition(options.mode, path.parent.parent, options.data_url)
-    if not path.exists():
-        raise UserError(f"there is no file {path}; {source}")
+    if edition and path.parts[-2:] == (edition.folder, edition.member):
+        root = path.parent.parent
+        files.remove_leftovers(root)
+        if not os.path.exists(path):
+            download_edition(options.mode, root, options.data_url)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"there is no file {path}; {source}") from None
+    except (OSError, ValueError) as error:
+        raise files.cannot_read(path, error) from None
     return path
 
 
 def load_columns(path, options):
     """(`Columns` by user and time, without duplicates; notes on what was dropped)."""
     scale = parse_scale(options.rating_scale)
-    columns, notes = read_columns(path, options.mode, options.columns, options.sep, options.skip_bad_rows, scale)
+    columns, notes = read_columns(path, options, scale)
+    if scale is None:
+        notes += point_out(columns.ratings)
     if len(columns.users) > MANY_ROWS:
         say(f"{path}: ordering {len(columns.users):,} ratings")
     columns = sort_rows(columns)
@@ -88,11 +98,34 @@ def load_columns(path, options):
     return columns, notes
 
 
+def point_out(ratings):
+    """Notes on a lowest or highest rating that stands apart from the others, as marks for "not rated" do."""
+    levels = np.sort(pd.unique(ratings)).astype(float)
+    if len(levels) < 3:
+        return []
+    gaps, found, notes = np.diff(levels), [], []
+    if levels[0] <= 0 <= levels[1]:
+        lonely = gaps[0] > 1.5 * gaps[1:].max() or (levels[0] < 0 and len(levels) > 4)
+        counts = [np.count_nonzero(ratings == level) for level in levels[: MOST_LEVELS + 1]]
+        if lonely or levels[0] == 0 and counts[0] > 2 * max(counts[1:]):
+            found.append((levels[0], levels[1:]))
+        elif levels[0] == 0 and 4 < len(levels) <= MOST_LEVELS:
+            notes.append("the rating 0 is 'not rated' on most sites; if it is in this file, drop it with --unrated=0")
+    if gaps[-1] > 3 * (levels[-2] - levels[0]):
+        found.append((levels[-1], levels[:-1]))
+    return notes + [
+        f"the rating {level:g} stands apart from the others, {others[0]:g} to {others[-1]:g}; if it means 'not rated', "
+        f"drop it with --unrated={level:g}"
+        for level, others in found
+    ]
+
+
 def sort_rows(columns):
     """Rows by user and time; what is equal keeps its order."""
     first = int(columns.times.min())
     span = int(columns.times.max()) - first + 1
-    if span * len(columns.user_ids) < 2**63:  # one key for both, which sorts in a fraction of the time
+    whole = columns.times.dtype == np.int64
+    if whole and span * len(columns.user_ids) < 2**63:  # one key for both, which sorts in a fraction of the time
         order = np.argsort(columns.users * np.int64(span) + (columns.times - first), kind="stable")
     else:
         order = np.lexsort((columns.times, columns.users))
@@ -118,17 +151,46 @@ def find_duplicates(columns):
 
 def filter_rows(columns, options):
     """Items with `min_item` ratings or more, then users with `min_sequence` or more, one pass."""
-    users, items = len(columns.user_ids), len(columns.item_ids)
-    steps = [f"the file has {len(columns.users):,} ratings of {items:,} items by {users:,} users"]
+    keep = kept_rows(columns, options.min_item, options.min_sequence)
+    if not keep.any():
+        raise UserError(nothing_left(columns, options))
+    return columns if keep.all() else take_rows(columns, keep)
+
+
+def kept_rows(columns, min_item, min_sequence):
+    """(n,) whether the filters leave each row."""
     keep = np.ones(len(columns.users), bool)
-    for name, option in (("items", "min_item"), ("users", "min_sequence")):
-        codes, least = getattr(columns, name), getattr(options, option)
+    for codes, least in ((columns.items, min_item), (columns.users, min_sequence)):
         enough = np.bincount(codes[keep], minlength=codes.max() + 1) >= max(least, 1)
         keep &= enough[codes]
-        steps.append(f"--{option}={least} leaves {keep.sum():,} ratings of {enough.sum():,} {name}")
-        if not keep.any():
-            raise UserError(f"the filters leave nothing: {', '.join(steps)}; lower --{option}")
-    return columns if keep.all() else take_rows(columns, keep)
+    return keep
+
+
+def nothing_left(columns, options):
+    """What to say where the filters leave nothing: the least change that leaves something."""
+
+    def most(low, high, leaves):  # the largest number from low to high that leaves something; below low: none does
+        high = min(high, len(columns.users))
+        return bisect.bisect_left(range(low, high + 1), True, key=lambda n: not leaves(n)) + low - 1
+
+    def leaves(min_item=options.min_item, min_sequence=options.min_sequence):
+        return kept_rows(columns, min_item, min_sequence).any()
+
+    item = most(1, options.min_item, leaves)
+    sequence = most(2, options.min_sequence, lambda n: leaves(min_sequence=n))
+    if item >= 1:
+        advice = f"give --min_item={item}, which leaves something"
+    elif sequence >= 2:
+        advice = f"give --min_sequence={sequence}, which leaves something"
+    else:
+        sequence = most(2, options.min_sequence, lambda n: leaves(1, n))
+        advice = f"give --min_item=1 --min_sequence={sequence}"
+        advice = advice if sequence >= 2 else "no user has two ratings"
+    return (
+        f"the filters leave nothing: of {len(columns.users):,} ratings of {len(columns.item_ids):,} items by "
+        f"{len(columns.user_ids):,} users, none is of an item with {options.min_item} or more and of a user who then "
+        f"has {options.min_sequence} or more; {advice}"
+    )
 
 
 def build_ratings(columns, kept, options):
@@ -145,12 +207,41 @@ def build_ratings(columns, kept, options):
         "times": kept.times,
         "levels": levels,
     }
-    digest = hashlib.sha256(f"{low} {high}".encode())
     for array in arrays.values():
-        array.setflags(write=False)  # as they are when they come from the cache
+        array.setflags(write=False)  # like those that come from the cache
+    ratings = Ratings(**arrays, low=low, high=high, fingerprint="")
+    return replace(ratings, fingerprint=fingerprint(ratings))
+
+
+def fingerprint(ratings):
+    """The digest of all arrays and of the scale."""
+    digest = hashlib.sha256(f"{ratings.low} {ratings.high}".encode())
+    for name in ARRAYS:
+        array = getattr(ratings, name)
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(array)
-    return Ratings(**arrays, low=low, high=high, fingerprint=digest.hexdigest())
+    return digest.hexdigest()
+
+
+def is_sound(ratings):
+    """Whether ratings that were kept in a file are what `build_ratings` may give, and have their fingerprint."""
+    offsets, values, levels, items = ratings.offsets, ratings.values, ratings.levels, ratings.items
+    kinds = [getattr(ratings, name).dtype.str[1:] for name in ARRAYS]
+    return bool(
+        [kind[0] for kind in kinds[:2]] == ["U", "U"]
+        and kinds[2:5] + kinds[6:] == ["i8", "i4", "f4", "f4"]
+        and kinds[5] in ("i8", "f8")
+        and -np.inf < ratings.low < ratings.high < np.inf
+        and len(offsets) == len(ratings.user_ids) + 1 > 1
+        and offsets[0] == 0
+        and (np.diff(offsets) > 0).all()
+        and offsets[-1] == len(items) == len(values) == len(ratings.times) > 0
+        and 0 <= items.min() <= items.max() < len(ratings.item_ids)
+        and ratings.low <= values.min() <= values.max() <= ratings.high
+        and ratings.low <= levels.min() <= levels.max() <= ratings.high
+        and (np.diff(levels) > 0).all()
+        and fingerprint(ratings) == ratings.fingerprint
+    )
 
 
 def parse_scale(text):

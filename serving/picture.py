@@ -1,20 +1,44 @@
 """A picture of what adapting does for one user: what each rating counted, and how predictions moved."""
 
+import io
+import warnings
+
 import matplotlib
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from utils import shorten
+
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "melo"}
 COLOURS = ("#0072B2", "#009E73", "#D55E00")  # of Okabe and Ito
 WIDEST = 34  # characters of a title
 AT_ONCE = 10_000  # items
+MOST_LINES = 4  # of a group
+
+
+def picture(recommender, titles, user, numbers, kind):
+    """Bytes of the picture (png, svg or pdf) of a `User` with the items of these catalogue numbers.
+
+    None: with items that show what adapting did.
+    """
+    if numbers is None:
+        groups = telling_items(recommender, user.support, MOST_LINES)
+    else:
+        groups = {"given": numbers[: 3 * MOST_LINES]}
+    found = recommender.explain(user.support, np.array([number for group in groups.values() for number in group]))
+    groups = {what: [recommender.item_ids[number - 1] for number in group] for what, group in groups.items()}
+    data = io.BytesIO()
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of letters that the font lacks
+        figure = draw(found, groups, lambda item: titles.by_item.get(str(item), str(item)))
+        figure.savefig(data, format=kind, dpi=130)
+    return data.getvalue()
 
 
 def telling_items(recommender, support, n):
-    """Catalogue numbers of the user's `n` best items after adapting, and of those that rose and that fell most.
+    """{what they are: catalogue numbers} of the `n` items with the highest scores, and of those that rose or fell most.
 
-    Without what was rated: {what they are: numbers}. What is of two kinds is of the first.
+    Rated items are left out. An item is in one group, the first that it belongs to.
     """
     rest = np.delete(np.arange(1, len(recommender.item_ids) + 1), support.items - 1)
     parts = np.array_split(rest, 1 + len(rest) // AT_ONCE)
@@ -39,7 +63,7 @@ def draw(found, groups, name):
         figure = Figure(figsize=(10, height), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
         draw_weights(left, found, name)
-        draw_moves(right, found.predictions, [shorten(name(item)) for item in items], colours)
+        draw_moves(right, found.predictions, [shorten(name(item), WIDEST) for item in items], colours)
         for colour, what in zip(COLOURS, groups, strict=False):
             right.plot([], color=colour, marker="o", markersize=3, label=what)
         if len(groups) > 1:
@@ -50,7 +74,7 @@ def draw(found, groups, name):
 
 
 def draw_weights(axes, found, name):
-    """A cell for each rating and inner step, coloured by the weight, 1 being white."""
+    """A cell for each rating and inner step, coloured by the weight; 1 is white."""
     axes.set_title("What each rating counts in the loss\n(1: as in the squared error)", fontsize=10)
     weights = found.weights
     if not weights.size:
@@ -64,12 +88,11 @@ def draw_weights(axes, found, name):
     axes.set_yticks(range(len(weights)), [f"{r:g}" for r in found.ratings], fontweight="bold")
     for row, item in enumerate(found.items):
         axes.annotate(
-            shorten(name(item)), (0, row), (-24, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-            ha="right", va="center",
+            shorten(name(item), WIDEST), (0, row), (-24, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", va="center", parse_math=False,
         )  # fmt: skip
-    axes.annotate(
-        "rated", (0, 1), (-7, 4), xycoords="axes fraction", textcoords="offset points", ha="center", fontsize=8
-    )
+    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate("rated", (0, 1), (-7, 4), ha="center", fontsize=8, **place)
     axes.set_xticks(range(weights.shape[1]), range(1, weights.shape[1] + 1))
     axes.set_xlabel("inner step")
     axes.tick_params(length=0)
@@ -77,27 +100,28 @@ def draw_weights(axes, found, name):
 
 
 def draw_moves(axes, predictions, names, colours):
-    """A line for each item (n, K + 1), from the unadapted prediction on, with its name at the end."""
+    """A line for each item's scores (n, K + 1), from the unadapted one on, with its name at the end."""
     axes.set_title("How predictions move\n", fontsize=10)
     last = predictions.shape[1] - 1
     low, high = predictions.min(), predictions.max()
     gap = 1.15 * max(high - low, 0.1) / max(11, len(names))
-    heights = spread(predictions[:, -1], gap)
+    heights = keep_apart(predictions[:, -1], gap)
     for line, label, height, colour in zip(predictions, names, heights, colours, strict=True):
         axes.plot(line, color=colour, linewidth=1.4, marker="o", markersize=3)
         axes.annotate(
             f"{line[-1]:.2f}  {label}", (last, line[-1]), (last * 1.09, height), color=colour, fontsize=8, va="center",
+            parse_math=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0},
         )  # fmt: skip
     axes.set_yticks([tick for tick in axes.get_yticks() if low - gap <= tick <= high + gap])
     axes.set_ylim(min(low, heights.min()) - gap, max(high, heights.max()) + gap)
     axes.set_xticks(range(last + 1), ["unadapted", *range(1, last + 1)])
-    axes.set(xlabel="inner steps", ylabel="predicted rating")
+    axes.set(xlabel="inner steps", ylabel="score (predicted rating, not cut to the scale)")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
 
 
-def spread(values, gap):
-    """Values (n,) moved as little as makes neighbours at least `gap` apart, in the same order."""
+def keep_apart(values, gap):
+    """Values (n,) moved as little as possible so that neighbours are at least `gap` apart, in the same order."""
     order = np.argsort(values, kind="stable")
     groups = []  # of neighbours that touch: [where the lowest stands, how many there are]
     for value in values[order]:
@@ -108,7 +132,3 @@ def spread(values, gap):
     out = np.empty(len(values))
     out[order] = np.concatenate([low + gap * np.arange(count) for low, count in groups])
     return out
-
-
-def shorten(text):
-    return text if len(text) <= WIDEST else text[: WIDEST - 3].rstrip() + "..."

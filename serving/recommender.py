@@ -1,14 +1,13 @@
-"""A trained system at work: adapt to users by their ratings, score the catalogue, explain, export.
+"""A trained system in use: adapt to users by their ratings, score the catalogue, explain.
 
 from recommend import Recommender
 Recommender.load("log/ml-1m-bert4rec-melo").adapt([(260, 5), (1196, 4)]).top(10)
 """
 
 import copy
-import hashlib
-import json
 import threading
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,14 +18,10 @@ from torch.func import functional_call
 import dataloader
 import maml
 import options as option_module
-import utils
-from models import checkpoint
-from models.kernels import VECTOR
+from options import PLACES
+from serving import export
 from utils import UserError, choose_device, keep_memory
 
-EXPORT_VERSION = 1
-ENTRIES = {"options": dict, "system": dict, "item_ids": list, "levels": list, "fingerprint": str, "step": int}
-LOCAL = ("data_path", "cache_dir", "data_url", "log_dir", "pretrain_log_dir")  # options that name places of a machine
 ADAPTED_AT_ONCE = 128  # users
 SCORED_AT_ONCE = 65536  # items of all users
 IN_CACHE = 6000  # items of all users whose states the processor's cache holds; fewer call more operations
@@ -43,7 +38,8 @@ class Support(NamedTuple):
 
 class Recommendation(NamedTuple):
     item: Item
-    rating: float  # predicted, on the data's scale
+    rating: float  # predicted, cut to the data's scale
+    score: float  # the same before it is cut; items are ranked by it
 
 
 class Explanation(NamedTuple):
@@ -52,22 +48,25 @@ class Explanation(NamedTuple):
     items: list[Item]  # of the ratings that were used, oldest first
     ratings: list[float]
     weights: np.ndarray  # (n, K); 1 is what the squared error gives
-    predictions: np.ndarray  # (Q, K + 1) of the items asked for, after 0..K steps
+    predictions: np.ndarray  # (Q, K + 1) scores of the given items, after 0..K steps
 
 
 class Recommender:
-    """A trained system with its catalogue; any number of threads may use one at the same time.
+    """A trained system with its catalogue. Any number of threads may use one at the same time.
 
     It keeps nothing of the users that it adapts to.
     """
 
     def __init__(self, state: dict, source: str | Path, device: str = "cpu"):
-        """From the entries of a checkpoint; `source` is named in errors. `load` reads them from a file."""
+        """Take the entries of a checkpoint; `source` is named in errors. `load` reads them from a file."""
+        state = export.check_state(state, source)
         self.source = Path(source)
-        self.state = {name: state[name] for name in ENTRIES}
-        self.options = option_module.restore(state["options"], {"device": device}, source)
-        self.item_ids: list[Item] = check_ids(state["item_ids"], source)
-        self._system = build(state["system"], len(self.item_ids), self.options, source).to(choose_device(device))
+        self.state = {name: state[name] for name in export.ENTRIES}
+        given = {"device": device, **dict.fromkeys(PLACES, "")}  # a file says nothing of this machine's places
+        self.options = option_module.restore(state["options"], given, source)
+        self.item_ids: list[Item] = state["item_ids"]
+        self._system = maml.restore_system(len(self.item_ids), self.options, state["system"], source)
+        self._system.to(choose_device(device)).eval().requires_grad_(False)
         self.device = self._system.scale.device
         self.mean, self.std, self.low, self.high = self._system.scale.tolist()
         self._numbers = {str(item): number for number, item in enumerate(self.item_ids, 1)}
@@ -77,30 +76,27 @@ class Recommender:
 
     @classmethod
     def load(cls, source: str | Path, checkpoint_step: int = -1, device: str = "cpu") -> "Recommender":
-        """From a run's folder (its best checkpoint, or that of `checkpoint_step`) or an exported file.
+        """Load a run's folder (its best checkpoint, or that of `checkpoint_step`) or an exported file.
 
         `device` is cpu, cuda or auto. The training data is not needed. UserError for what cannot be used.
         """
-        path = Path(source)
-        if path.is_dir():
-            path = checkpoint.checkpoint_path(path, checkpoint_step)
-        state = read_safetensors(path) if path.suffix == ".safetensors" else checkpoint.load_checkpoint(path, ENTRIES)
+        path, state = export.load_state(source, checkpoint_step)
         return cls(state, path, device)
 
     def number(self, item: Item) -> int:
-        """The catalogue number of an item, from 1; 0 for one that training did not see."""
+        """The catalogue number of an item, from 1; 0 for one that training did not see. Equal ids are equal as text."""
         return self._numbers.get(str(item), 0)
 
     def support(self, ratings: Iterable[tuple[Item, float]]) -> tuple[Support, list[Item]]:
         """(`Support`, items that training did not see) of one user's (item, rating) pairs, oldest first.
 
-        Of an item rated twice, the later rating counts. UserError for a rating outside the scale.
+        The later rating of an item counts. UserError for a rating that is no number or outside the scale.
         """
         known, unknown = {}, []
         for item, rating in ratings:
-            if not self.low <= rating <= self.high:
+            if not isinstance(rating, Real) or isinstance(rating, bool) or not self.low <= rating <= self.high:
                 raise UserError(
-                    f"item {item!r} is rated {rating}; give ratings from {self.low:g} to {self.high:g}, "
+                    f"item {item!r:.80} is rated {rating!r:.20}; give ratings from {self.low:g} to {self.high:g}, "
                     "the scale of the data that was trained on"
                 )
             if number := self.number(item):
@@ -115,20 +111,27 @@ class Recommender:
         support, unknown = self.support(ratings)
         return AdaptedUser(self, support, unknown, *self._adapt([support]))
 
-    def top(self, supports: Sequence[Support], n: int = 10) -> list[list[Recommendation]]:
-        """Each user's `n` items of the highest predicted rating among those not rated yet, best first."""
+    def top(self, supports: Sequence[Support], n: int = 10, allowed=None) -> list[list[Recommendation]]:
+        """Each user's `n` items of the highest score among those not rated yet, best first.
+
+        `allowed` (n_items,) says which items may be listed, None: all.
+        """
         found = []
         for first, scores in self._scores(supports):
-            found += self._best(scores, supports[first : first + len(scores)], n)
+            found += self._best(scores, supports[first : first + len(scores)], n, allowed)
         return found
 
-    def predict(self, supports: Sequence[Support], numbers: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Each user's predicted ratings of the items with these catalogue numbers, float64 on the data's scale."""
+    def scores(self, supports: Sequence[Support], numbers: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Each user's predictions for the items with these catalogue numbers, float64, not cut to the data's scale."""
         found = []
         for first, scores in self._scores(supports, numbers):
-            ratings = self._system.to_rating(scores).cpu().numpy()
-            found += [row[: len(numbers[first + i])] for i, row in enumerate(ratings)]
+            values = self._system.to_rating(scores, clip=False).cpu().numpy()
+            found += [row[: len(numbers[first + i])] for i, row in enumerate(values)]
         return found
+
+    def cut(self, scores):
+        """Scores cut to the data's scale."""
+        return np.clip(scores, self.low, self.high)
 
     @torch.no_grad()
     def explain(self, support: Support, numbers: np.ndarray) -> Explanation:
@@ -138,7 +141,7 @@ class Recommender:
         tasks = self._tasks([support], query if query.size else np.zeros((1, 1), np.int64))
         predictions, weights = system.explain(tasks)
         used = support.items[-(self.options.max_seq_len - 1) :]
-        cells = tasks.support[0].cpu()
+        cells = tasks.segment[0].cpu() > 0
         at = torch.gather(tasks.table[0], 0, tasks.items[0].flatten()).reshape(cells.shape).cpu()
         # A rating that stands in several windows weighs what its copies do together.
         times = tasks.times[0].cpu()[cells]
@@ -148,20 +151,8 @@ class Recommender:
             [self.item_ids[number - 1] for number in used],
             support.ratings[-len(used) :].tolist() if len(used) else [],
             weights.double().numpy()[: len(used)],
-            system.to_rating(predictions[0].T).cpu().numpy()[: query.size],
+            self._system.to_rating(predictions[0].T, clip=False).cpu().numpy()[: query.size],
         )
-
-    def export(self, path: str | Path) -> None:
-        """Write all that `load` needs to one file, .safetensors or .pt; docs/EXPORT.md describes it."""
-        path = Path(path)
-        options = {name: "" if name in LOCAL else value for name, value in self.state["options"].items()}
-        state = self.state | {"options": options}
-        if path.suffix == ".safetensors":
-            utils.write_atomic(path, safetensors_bytes(state))
-        elif path.suffix == ".pt":
-            checkpoint.write_checkpoint(path, state["step"], state)
-        else:
-            raise UserError(f"--export={path} must end in .safetensors or .pt")
 
     # The steps of all of these: tasks of the supports, adapted parameters, scores.
 
@@ -190,46 +181,49 @@ class Recommender:
     def _adapt(self, supports):
         """(tasks, each member's adapted parameters {name: (T, ...)}) of at least one user."""
         tasks = self._tasks(supports, np.zeros((len(supports), 1), np.int64))
-        return tasks, [member.adapt(tasks) for member in self._thread_system().members]
+        return tasks, [member.adapt(tasks).theta for member in self._thread_system().members]
 
     @torch.no_grad()
-    def _score(self, tasks, fast, items=None):
+    def _score(self, tasks, thetas, items=None):
         """Standardised predictions (T, Q) of the catalogue numbers items (T, Q); None: of the whole catalogue."""
         numbers = tasks.table.gather(1, tasks.items.flatten(1)).view_as(tasks.items)
         if items is None:
             items = torch.arange(1, len(self.item_ids) + 1, device=self.device)
-            if self.options.adapt == "all":  # then nothing of an item is the same for two users
-                items = items.expand(len(tasks.table), -1)
-        tasks = maml.history_alone(tasks._replace(items=numbers, query_items=items))
-        # Softmax over parts of another width takes half as long again.
-        at_once = max(1, IN_CACHE // len(tasks.table) // VECTOR) * VECTOR
+            # With --adapt=all every user has item tables of their own.
+            items = items.expand(len(tasks.table) if self.options.adapt == "all" else 1, -1)
+        tasks = tasks._replace(items=numbers).take(slice(None), rows=1)._replace(query_items=items)
+        at_once = max(1, IN_CACHE // len(tasks.table))
         members = self._thread_system().members
-        return sum(score(*pair, tasks, at_once) for pair in zip(members, fast, strict=True)) / len(members)
+        return sum(score(*pair, tasks, at_once) for pair in zip(members, thetas, strict=True)) / len(members)
 
     def _scores(self, supports, numbers=None):
         """(number of the first user, `_score` (T, Q)) for a few users at a time; see SCORED_AT_ONCE."""
         for begin in range(0, len(supports), ADAPTED_AT_ONCE):
-            tasks, fast = self._adapt(supports[begin : begin + ADAPTED_AT_ONCE])
+            tasks, thetas = self._adapt(supports[begin : begin + ADAPTED_AT_ONCE])
             items = None if numbers is None else padded(numbers[begin : begin + ADAPTED_AT_ONCE]).to(self.device)
             step = max(1, SCORED_AT_ONCE // (len(self.item_ids) if items is None else items.shape[1]))
             for first in range(0, len(tasks.table), step):
                 part = slice(first, first + step)
                 some = dataloader.Tasks(*(tensor[part] for tensor in tasks))
-                scores = self._score(some, cut_fast(fast, part), None if items is None else items[part])
+                scores = self._score(some, cut_thetas(thetas, part), None if items is None else items[part])
                 yield begin + first, scores
 
-    def _best(self, scores, supports, n):
+    def _best(self, scores, supports, n, allowed=None):
         """Lists of `Recommendation` from the catalogue's scores (T, Q)."""
+        if allowed is not None:
+            scores[:, torch.from_numpy(~allowed).to(self.device)] = -torch.inf
         for row, support in zip(scores, supports, strict=True):
             row[torch.from_numpy(support.items - 1)] = -torch.inf
         best = scores.topk(min(n, scores.shape[1]))
-        ratings = self._system.to_rating(best.values).tolist()
-        return [
-            [Recommendation(self.item_ids[i], rating) for i, rating in zip(*pair, strict=True)][
-                : scores.shape[1] - len(s.items)
-            ]
-            for *pair, s in zip(best.indices.tolist(), ratings, supports, strict=True)
-        ]
+        values = self._system.to_rating(best.values, clip=False).cpu().numpy()
+        found = []
+        for items, row in zip(best.indices.tolist(), values, strict=True):
+            row = row[np.isfinite(row)]
+            found.append([
+                Recommendation(self.item_ids[item], rating, score)
+                for item, rating, score in zip(items, self.cut(row).tolist(), row.tolist(), strict=False)
+            ])  # fmt: skip
+        return found
 
 
 class AdaptedUser(NamedTuple):
@@ -239,7 +233,7 @@ class AdaptedUser(NamedTuple):
     support: Support
     unknown: list[Item]  # rated items that training did not see, left out
     tasks: dataloader.Tasks
-    fast: list[dict]  # each member's adapted parameters
+    thetas: list[dict]  # each member's adapted parameters
 
     @property
     def adapted(self) -> bool:
@@ -247,16 +241,16 @@ class AdaptedUser(NamedTuple):
         return len(self.support.items) > 0
 
     def top(self, n: int = 10) -> list[Recommendation]:
-        """The `n` items of the highest predicted rating among those not rated yet, best first."""
-        scores = self.recommender._score(self.tasks, self.fast)
+        """The `n` items of the highest score among those not rated yet, best first."""
+        scores = self.recommender._score(self.tasks, self.thetas)
         return self.recommender._best(scores, [self.support], n)[0]
 
     def predict(self, items: Sequence[Item]) -> list[float]:
         """Predicted ratings of these items; nan for those that training did not see."""
         numbers = self._numbers(items)
-        scores = self.recommender._score(self.tasks, self.fast, numbers[None])[0]
-        ratings = self.recommender._system.to_rating(scores)
-        return ratings.where(numbers > 0, torch.nan).tolist()
+        scores = self.recommender._score(self.tasks, self.thetas, numbers[None])[0]
+        ratings = self.recommender.cut(self.recommender._system.to_rating(scores, clip=False).cpu().numpy())
+        return np.where(numbers.cpu() > 0, ratings, np.nan).tolist()
 
     def explain(self, items: Sequence[Item]) -> Explanation:
         """What the inner steps made of the ratings, and of the predictions for these known items."""
@@ -266,20 +260,20 @@ class AdaptedUser(NamedTuple):
         return torch.tensor([self.recommender.number(item) for item in items], device=self.recommender.device).long()
 
 
-def score(member, fast, tasks, at_once):
-    """A member's predictions (T, Q) with adapted parameters `fast`; items and queries of tasks are catalogue numbers.
+def score(member, thetas, tasks, at_once):
+    """A member's predictions (T, Q) with adapted parameters `thetas`; items and queries of tasks are catalogue numbers.
 
     The item tables are not copied for each user.
     """
     tables = member.learner.tables()
-    rows = {name: moved(table, tasks, fast.get(name)) for name, table in tables.items()}
-    weights = {name: value for name, value in fast.items() if name not in tables}
+    rows = {name: moved(table, tasks, thetas.get(name)) for name, table in tables.items()}
+    weights = {name: value for name, value in thetas.items() if name not in tables}
     return functional_call(member.learner, weights, ("predict", tasks, rows, at_once))[1]
 
 
-def cut_fast(fast, part):
+def cut_thetas(thetas, part):
     """Part of the users' adapted parameters."""
-    return [{name: tensor[part] for name, tensor in of_member.items()} for of_member in fast]
+    return [{name: tensor[part] for name, tensor in of_member.items()} for of_member in thetas]
 
 
 def moved(table, tasks, rows):
@@ -296,76 +290,3 @@ def padded(numbers):
     for row, each in zip(out, numbers, strict=True):
         row[: len(each)] = each
     return torch.from_numpy(out)
-
-
-# -----------------------------------------------------------------------------
-# From and to files
-
-
-def check_ids(ids, source):
-    """The item ids; UserError where they are not distinct numbers or texts."""
-    if not ids or {type(item) for item in ids} not in ({int}, {str}) or len(set(ids)) < len(ids):
-        raise UserError(f"{source} holds item ids that are no catalogue: use another file")
-    return ids
-
-
-def build(tensors, n_items, options, source):
-    """The `maml.Ensemble` of a checkpoint's tensors; UserError where they do not fit."""
-    misfit = f"{source} does not fit its own options (other names, sizes or values): use another file"
-    scale = tensors.get("members.0.scale")
-    if not isinstance(scale, torch.Tensor) or scale.shape != (4,) or not (scale[2] < scale[3] and scale[1] > 0):
-        raise UserError(misfit)
-    system = maml.Ensemble(n_items, options, scale.tolist())
-    try:
-        system.load_state_dict(tensors)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(misfit) from error
-    if not all(tensor.isfinite().all() for tensor in system.state_dict().values()):
-        raise UserError(misfit)
-    return system.eval().requires_grad_(False)
-
-
-def safetensors_bytes(state):
-    """The bytes of an exported .safetensors file."""
-    import safetensors.torch
-
-    tensors = checkpoint.plain(state["system"])
-    metadata = {name: json.dumps(value) for name, value in state.items() if name != "system"}
-    metadata |= {"format": "melo", "format_version": str(EXPORT_VERSION)}
-    metadata["sha256"] = hashlib.sha256(split_safetensors(safetensors.torch.save(tensors))[1]).hexdigest()
-    return safetensors.torch.save(tensors, metadata)
-
-
-def split_safetensors(data):
-    """(header as parsed JSON, bytes of the tensors) of a .safetensors file. ValueError where it is none."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:end]), data[end:]
-
-
-def read_safetensors(path):
-    """The entries of an exported .safetensors file; UserError where it is damaged, foreign or of another version."""
-    import safetensors.torch
-
-    data = utils.read_regular(path, "an exported file")
-    try:
-        header, payload = split_safetensors(data)
-        metadata = header.get("__metadata__", {})
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is no .safetensors file, or is damaged: export it again") from error
-    if metadata.get("format") != "melo":
-        raise UserError(f"{path} was not written by recommend.py --export: export a run with it")
-    if metadata.get("format_version") != str(EXPORT_VERSION):
-        raise UserError(
-            f"{path} is of format version {metadata.get('format_version')}, and this program reads version "
-            f"{EXPORT_VERSION}: export it again with this version of the program"
-        )
-    if hashlib.sha256(payload).hexdigest() != metadata.get("sha256"):
-        raise UserError(f"{path} is damaged (its checksum does not fit): export or copy it again")
-    try:
-        state = {name: json.loads(metadata[name]) for name in ENTRIES if name != "system"}
-        state["system"] = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: export it again") from error
-    if problem := checkpoint.wrong_entry(state, ENTRIES):
-        raise UserError(f"{path} {problem}: export it again")
-    return state

@@ -1,13 +1,20 @@
-"""Whole runs at tiny sizes, in processes of their own that start at once, and what they leave behind."""
+"""Whole runs at tiny sizes, in processes of their own that start at once, and what they leave behind.
 
+The processes are forked from a server that has imported everything, which works where forking this one would not.
+"""
+
+import atexit
 import contextlib
 import io
 import itertools
 import math
+import multiprocessing
 import os
+import pkgutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,16 +26,22 @@ import pretrain
 from models import checkpoint
 from training import distributed
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 ITERATIONS = 12
+EVERY = ("--keep_checkpoints=100",)  # the checkpoints of all iterations, each of which has one
 TINY = (
-    f"--num_train_iterations={ITERATIONS}", "--log_interval=5", "--checkpoint_interval=2", "--device=cpu",
+    f"--num_train_iterations={ITERATIONS}", "--log_interval=5", "--checkpoint_minutes=0", "--device=cpu",
     "--batch_size=4", "--pretraining_batch_size=4", "--max_seq_len=6", "--num_query_set=2", "--num_inner_steps=2",
     "--bert_hidden_units=8", "--bert_num_heads=2", "--bert_num_blocks=1", "--num_factors=2", "--lstm_hidden=4",
-    "--num_test_data=20", "--val_size=20", "--val_targets=1", "--average=0.9", "--warmup=3",
+    "--num_test_data=20", "--val_size=20",
 )  # fmt: skip
 SCRIPTS = {"main": main, "pretrain": pretrain}
 NAMES = {"main": "sample-bert4rec-melo", "pretrain": "sample-bert4rec-basic"}
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))  # of the server
+SERVER = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else None)
+SERVER.set_forkserver_preload(["running", "hypothesis", "pytest"])
+atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
 
 
 def command(place, *flags):
@@ -37,48 +50,46 @@ def command(place, *flags):
     return ["--mode=sample", f"--data_path={ROOT / 'Data/sample/ratings.csv'}", *folders, *TINY, *flags]
 
 
-def fork(function, out, err):
-    """Fork a process that does what `function` does and writes to the files `out` and `err`; its process id."""
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    try:
-        for number, path in ((1, out), (2, err)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
-        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        function()
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        os._exit(code)
+# -----------------------------------------------------------------------------
+# processes
 
 
-def start(place, *flags, script="main", before=lambda: None):
-    """Fork a process that does `before` and runs the script; its process id. It writes to `place`.out and .err."""
+def spawn(function, out, err, environment=None):
+    """A process that does what `function`, which pickles, does, and writes to the files `out` and `err`."""
+    process = SERVER.Process(target=redirected, args=(function, out, err, environment or {}))
+    process.start()
+    return process
 
-    def run_it():
+
+def redirected(function, out, err, environment):
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
+    sys.stderr = sys.__stderr__ = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(environment)
+    function()
+
+
+def run_main(script, words, before=None):
+    """Do `before` and run a script as its own process would."""
+    if before:
         before()
-        distributed.run_script(lambda: SCRIPTS[script].main(command(place, *flags)))
+    distributed.run_script(partial(SCRIPTS[script].main, words))
 
+
+def start(place, *flags, script="main", before=None, environment=None):
+    """A process that does `before`, which pickles, and a tiny run in `place`; it writes to `place`.out and .err."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    return fork(run_it, place.with_suffix(".out"), place.with_suffix(".err"))
+    run_it = partial(run_main, script, command(place, *flags), before)
+    return spawn(run_it, place.with_suffix(".out"), place.with_suffix(".err"), environment)
 
 
-def wait(process, limit=None):
+def wait(process, limit=300):
     """The exit status of a process, negative where a signal ended it; it may take `limit` seconds."""
-    until = None if limit is None else time.monotonic() + limit
-    while True:
-        ended, status = os.waitpid(process, 0 if until is None else os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        assert time.monotonic() < until, f"process {process} has not ended after {limit} s"
-        time.sleep(0.02)
+    process.join(limit)
+    assert process.exitcode is not None, f"process {process.pid} has not ended after {limit} s"
+    return process.exitcode
 
 
 def run(place, *flags, **more):
@@ -105,14 +116,68 @@ def has_saved(folder, step):
     return lambda: max(checkpoint.find_checkpoints(folder), default=-1) >= step
 
 
+# -----------------------------------------------------------------------------
+# what may happen in a process, given as its `before`
+
+
+def at_call(name, number, action):
+    """From now on, `action` is done before the n-th call of a function, such as "os.replace"."""
+    owner, _, function = name.rpartition(".")
+    owner, left = pkgutil.resolve_name(owner), [number]
+    original = getattr(owner, function)
+
+    def replaced(*arguments, **more):
+        left[0] -= 1
+        if not left[0]:
+            action()
+        return original(*arguments, **more)
+
+    setattr(owner, function, replaced)
+
+
+def kill(number):
+    """Send this process a signal."""
+    os.kill(os.getpid(), number)
+
+
+def at_write(number, action=None):
+    """Die, or do something else, when a written file is about to get its name for the n-th time."""
+    return partial(at_call, "os.replace", number, action or partial(kill, signal.SIGKILL))
+
+
+def at_iteration(number, action):
+    """Do something before the n-th iteration."""
+    return partial(at_call, "training.distributed.max_over_ranks", number, action)
+
+
+def poison(*numbers):
+    """From now on, the meta-gradients with these numbers, from 0, are not finite."""
+    original, calls = torch.Tensor.backward, itertools.count()
+
+    def backward(loss, *arguments, **more):
+        original(loss * math.nan if next(calls) in numbers else loss, *arguments, **more)
+
+    torch.Tensor.backward = backward
+
+
+def set_value(name, value):
+    """Give a module's constant, such as "training.run.LEAST_SHARE", another value."""
+    owner, _, name = name.rpartition(".")
+    setattr(pkgutil.resolve_name(owner), name, value)
+
+
+# -----------------------------------------------------------------------------
+# results
+
+
 def result(folder):
     """All that a run has made and must not depend on interruptions: newest and best checkpoint, and curves."""
     assert not list(folder.rglob("*.tmp"))
     newest = checkpoint.load_checkpoint(checkpoint.checkpoint_path(folder, max(checkpoint.find_checkpoints(folder))))
     states = [newest]
     if newest["loop"]["best_rmse"] < math.inf:
-        states.append(checkpoint.load_checkpoint(folder / "checkpoints" / "best.pt"))
-    parts = "step", "last", "system", "optimizer", "loop", "item_ids", "levels", "fingerprint"
+        states.append(checkpoint.load_checkpoint(checkpoint.best_path(folder)))
+    parts = "step", "last", "system", "optimizers", "loop", "item_ids", "levels", "fingerprint"
     states = [{name: state[name] for name in parts} for state in states]
     for state in states:
         state["loop"] = {name: value for name, value in state["loop"].items() if name != "seconds"}

@@ -77,9 +77,9 @@ def test_effects_in_closed_form():
 def test_predictions_in_closed_form():
     fitted = baselines.fit_effects(TINY, TRAIN, damping=2.0)
     rest = (2 - MEAN - EFFECT[2]) + (4 - MEAN - EFFECT[3]) + (5 - MEAN - EFFECT[0])
-    assert baselines.predict_mean(fitted[0], NEW) == pytest.approx([float(MEAN)])
-    assert baselines.predict_user_mean(fitted[0], NEW) == pytest.approx([11 / 3])
-    assert baselines.predict_item_effect(*fitted, NEW) == pytest.approx([float(MEAN + EFFECT[1])])
+    assert baselines.predict_effects(fitted[0], 0 * fitted[1], np.inf, NEW) == pytest.approx([float(MEAN)])
+    assert baselines.predict_effects(fitted[0], 0 * fitted[1], 0.0, NEW) == pytest.approx([11 / 3])
+    assert baselines.predict_effects(*fitted, np.inf, NEW) == pytest.approx([float(MEAN + EFFECT[1])])
     assert baselines.predict_effects(*fitted, 5.0, NEW) == pytest.approx([float(MEAN + EFFECT[1] + rest / 8)])
     assert TARGET == [1.0]
 
@@ -87,8 +87,8 @@ def test_predictions_in_closed_form():
 def test_without_support_what_is_known_of_the_item_remains():
     empty, _ = baselines.last_support(TINY, np.array([2]), 0)
     fitted = baselines.fit_effects(TINY, TRAIN, damping=2.0)
-    item = baselines.predict_item_effect(*fitted, empty)
-    assert baselines.predict_user_mean(fitted[0], empty) == pytest.approx([float(MEAN)])
+    item = baselines.predict_effects(*fitted, np.inf, empty)
+    assert baselines.predict_effects(fitted[0], 0 * fitted[1], 0.0, empty) == pytest.approx([float(MEAN)])
     assert baselines.predict_effects(*fitted, 5.0, empty) == pytest.approx(item)
     assert baselines.predict_factors(*fitted, np.ones((4, 2)), 1.0, 5.0, empty) == pytest.approx(item)
 
@@ -244,36 +244,39 @@ def test_the_constants_are_the_best_on_validation_users(fitted):
 def test_each_predictor_uses_what_the_one_before_leaves(fitted):
     ratings, (_, _, test), (predictors, _) = fitted
     figures = {name: root_mean(ratings, test, predict) for name, predict in predictors.items()}
-    names = ["global mean", "item effect", "user + item effects", "matrix factorisation"]
+    names = ["global mean", "item mean", "damped means", "matrix factorisation"]
     assert sorted(figures, key=figures.get, reverse=True)[-3:] == names[1:]
-    assert figures["matrix factorisation"] < 0.55 < figures["user + item effects"]  # noise alone: 0.4
+    assert figures["matrix factorisation"] < 0.55 < figures["damped means"]  # noise alone: 0.4
 
 
-def test_scores_are_the_predictors_on_full_and_cut_supports(fitted):
-    ratings, split, (predictors, chosen) = fitted
-    scores, again = baselines.score_baselines(ratings, *split, 30, shots=(1, 5, 99))
-    assert again == chosen and list(scores) == list(predictors)
-    for name, predictions in scores.items():
-        for row, longest in zip(predictions, (29, 1, 5, 29), strict=True):
-            assert np.array_equal(row, predictors[name](baselines.last_support(ratings, split[2], longest)[0]))
+def test_predictions_do_not_depend_on_how_many_are_made_at_a_time(fitted, monkeypatch):
+    ratings, (_, _, test), (predictors, _) = fitted
+    support, _ = baselines.last_support(ratings, test, 29)
+    monkeypatch.setattr(baselines, "BLOCK", 7)
+    for predictor in predictors.values():
+        assert baselines.predict(predictor, support) == pytest.approx(predictor(support), abs=1e-12)
 
 
-def test_lenskit_agrees(fitted):
-    pytest.importorskip("lenskit")
-    ratings, (train, _, test), (predictors, _) = fitted
-    support, target = baselines.last_support(ratings, test, 29)
-    mean, effect = baselines.fit_effects(ratings, train, damping=5.0)
-    theirs = baselines.lenskit_predictions(ratings, train, support, damping=(5.0, 10.0), k=2, regularisation=0.05)
-    ours = baselines.predict_effects(mean, effect, 10.0, support)
-    assert theirs["bias"] == pytest.approx(ours, abs=2e-6)  # LensKit computes in single precision
-    rmse = [np.sqrt(np.mean((p - target) ** 2)) for p in (theirs["als"], predictors["matrix factorisation"](support))]
-    assert rmse[0] == pytest.approx(rmse[1], abs=0.03)
+def test_large_data_have_one_factorisation(fitted, monkeypatch):
+    ratings, (train, *_), _ = fitted
+    monkeypatch.setattr(baselines, "MOST_FACTORISED", 10)
+    chosen = [constants for name, constants, _ in baselines.candidates(ratings, train) if "factor" in name]
+    assert {(c["k"], c["regularisation"]) for c in chosen} == {baselines.USUAL}
 
 
-def test_lenskit_knows_no_factors_of_an_unrated_item():
-    pytest.importorskip("lenskit")
-    support = baselines.Support(np.array([[0, 3]]), np.array([[5.0, 4.0]]), np.array([3]))
-    fitted = baselines.fit_effects(TINY, TRAIN, damping=2.0)
-    theirs = baselines.lenskit_predictions(TINY, TRAIN, support, damping=(2.0, 5.0), k=2, regularisation=0.1)
-    ours = baselines.predict_effects(*fitted, 5.0, support)
-    assert theirs["bias"] == pytest.approx(ours, abs=2e-6) and theirs["als"] == pytest.approx(ours, abs=2e-6)
+def test_order_support_equals_a_plain_loop():
+    lengths = (15, 1, 12, 11, 5, 2, 3, 40)
+    ratings = make_ratings([[(i, 1 + (i * u) % 5) for i in range(length)] for u, length in enumerate(lengths)], 40)
+    users = np.arange(len(lengths))
+    expected = []
+    for user in users:
+        rows = list(range(ratings.offsets[user], ratings.offsets[user + 1]))
+        n = min(10, len(rows) - 1)
+        if n >= 2:
+            expected += [(user, rows[:-n][-5:], target) for target in rows[-n:]]
+    found, support, target = baselines.order_support(ratings, users, 5)
+    assert found.tolist() == [user for user, _, _ in expected]
+    for row, (_, known, place) in enumerate(expected):
+        assert support.items[row, : len(known)].tolist() == ratings.items[known].tolist()
+        assert (support.items[row, len(known) :] == -1).all()
+        assert (support.target_item[row], target[row]) == (ratings.items[place], ratings.values[place])

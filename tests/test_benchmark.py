@@ -1,101 +1,111 @@
-"""The naive reference does the same work as the vectorised path, and the script runs. Nothing is timed."""
+"""The naive reference gives the gradients of the vectorised path, and every section runs. Nothing is timed."""
 
-import json
-import os
-import subprocess
-import sys
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 import benchmark
-import maml
+import dataloader
 import utils
+from benchmarks import measure, naive, sections
 
 ROOT = Path(__file__).parents[1]
-TINY = [f"--{name}={value}" for name, value in tiny.SIZES.items() if name != "batch_size"]
+TINY = [
+    f"--{name}=2" for name in ("bert_num_heads", "num_factors", "lstm_hidden", "num_query_set", "num_inner_steps")
+] + [f"--{name}=8" for name in ("bert_hidden_units", "narm_hidden_size", "gru4rec_hidden_size")]
+TINY += ["--max_seq_len=7", "--num_samples=5"]
 
 
-@pytest.mark.parametrize("form", benchmark.FORMS)
-@pytest.mark.parametrize("model", tiny.LEARNERS)
+def tiny(*more):
+    return benchmark.parse(["--device=cpu", "--reps=1", *TINY, *more])
+
+
+def tasks_of(options, count=4):
+    return measure.draw(options, measure.synthetic(50, 50), count)
+
+
+@pytest.mark.parametrize("form", measure.FORMS)
+@pytest.mark.parametrize("model", ["bert4rec", "sasrec", "narm", "gru4rec"])
 def test_naive_reference_gives_the_same_gradients(model, form):
-    bench = benchmark.parse(["--device=cpu", "--items=50", f"--model={model}", *TINY])
-    options = benchmark.settings(form, bench)
-    system = benchmark.build(options, bench, 50)
-    tasks, every = (benchmark.draw(options, 4, 50, shared=shared) for shared in (True, False))
+    bench = tiny("--models", model)
+    options = measure.settings(form, bench)
+    tasks = tasks_of(options)
     assert (tasks.times.max() > 1) == (form == "paper" and model in ("narm", "gru4rec"))
-    assert benchmark.gradient_difference(system, tasks, benchmark.spread(every, options.max_seq_len - 1)) < 1e-7
+    assert sections.gradient_difference(measure.build(options, bench, 50), tasks) < 1e-12
 
 
-def test_naive_reference_of_first_order():
-    options = tiny.options(use_multi_step=False, use_adaptive_loss=False, adapt="all", init_items="random")
-    assert not options.use_second_order
-    system, tasks = tiny.ensemble(options), tiny.training_tasks(options)
-    assert benchmark.gradient_difference(system, tasks, benchmark.spread(tasks, options.max_seq_len - 1)) < 1e-7
+@pytest.mark.parametrize("more", [["--use_second_order=False", "--use_adaptive_loss=False"], ["--members=2"]])
+def test_naive_reference_of_other_methods(more):
+    bench = tiny("--adapt=all", *more)
+    options = measure.settings("default", bench)
+    assert sections.gradient_difference(measure.build(options, bench, 50), tasks_of(options)) < 1e-12
 
 
-def test_spread_tasks_hold_the_same_windows_one_a_row():
-    options = tiny.options(adapt="all")
-    tasks = tiny.training_tasks(options)
-    spread = benchmark.spread(tasks, options.max_seq_len - 1)
-    assert spread.items.shape[1:] == (int(tasks.segment.max()), options.max_seq_len - 1)
-    for t in range(len(tasks.table)):
-        for window, row in enumerate(spread.segment[t], 1):
-            packed, alone = tasks.segment[t] == window, row > 0
-            assert set(row.tolist()) <= {0, window} and alone.sum() == packed.sum()
-            assert alone[: alone.sum()].all()
-            assert torch.equal(tasks.table[t][tasks.items[t][packed]], spread.items[t, window - 1][alone])
-            assert torch.equal(tasks.ratings[t][packed], spread.ratings[t, window - 1][alone])
+def test_naive_reference_has_wrong_gradients_where_a_window_is_lost():
+    bench = tiny("--models", "gru4rec")
+    options = measure.settings("paper", bench)
+    tasks = tasks_of(options)
+    fewer = tasks._replace(times=(tasks.times > 0).to(tasks.times.dtype))
+    system = measure.build(options, bench, 50)
+    slow = naive.naive_copy(system)
+    measure.meta_gradient(system, tasks)
+    naive.meta_gradient(slow, naive.lay_out_windows(fewer))
+    assert not torch.allclose(
+        system.members[0].learner.item_embedding.grad, slow.members[0].learner.item_embedding.grad
+    )
 
 
-def test_all_sections_print_json(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "apart", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(benchmark, "together", lambda count, function, *given: [function(*given)] * count)
-    small = [
-        "--users=8",
-        "--tasks=4",
-        "--items=50",
-        "--many_items=90",
-        "--rows=30000",
-        "--many_rows=20000",
-        "--min_item=2",
-        "--steps=2",
-    ]
+@pytest.mark.parametrize("model", ["bert4rec", "gru4rec"])
+def test_windows_are_laid_out_one_a_row(model):
+    options = measure.settings("paper", tiny("--models", model))
+    for task in naive.lay_out_windows(tasks_of(options)):
+        length = (task.position > 0).sum(-1)[0]
+        assert length[0] == length.max() == task.n_support and len(length) == min(5, 6 * 7 // 2)
+        assert (task.position[0, :, 0] == length).all() and (task.times == task.segment).all()
+        windows = {tuple(items[:n].tolist()) for items, n in zip(task.items[0], length, strict=True)}
+        support = task.items[0, 0, : length[0]].tolist()
+        assert len(windows) == len(length)
+        assert all(any(support[i : i + len(w)] == list(w) for i in range(len(support))) for w in windows)
+
+
+def test_operations_are_counted_without_views():
+    with sections.CountOperations() as counted:
+        (torch.ones(2, 3).T.view(3, 2) + 1).sum()
+    assert counted.calls == 3
+
+
+def test_all_sections_print_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "together", lambda count, function, *given: [function(*given)])
+    shown = [section for section in sections.SECTIONS if section != "processes"]
+    sizes = ["--users=8", "--tasks=4", "--many_items=90", "--rows=30000", "--min_item=2", "--batch_size=4"]
     data = [f"--data_path={ROOT}/Data/sample/ratings.csv", "--mode=sample", f"--cache_dir={tmp_path}"]
-    outer = ["--every=1", "--num_train_iterations=2", "--batch_size=4", "--num_test_data=50"]
-    common = ["--json", "--reps=1", "--device=cpu", "--models", "gru4rec"]
-    assert benchmark.main([*common, *small, *data, *outer, *TINY]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert list(report["sections"]) == list(benchmark.SECTIONS)
-    for rows in report["sections"].values():
-        assert rows and all(isinstance(row["value"], (int, float)) for row in rows)
-        for row in rows:
-            assert (row["met"] is None) == (row["at_least"] is None and row["at_most"] is None)
+    fit = ["--num_train_iterations=2", "--num_test_data=50"]
+    common = ["--device=cpu", "--reps=1", "--models", "gru4rec", "--only", *shown]
+    assert benchmark.main([*common, *sizes, *data, *fit, *TINY]) == 0
+    printed = capsys.readouterr().out
+    for section in shown:
+        title = f"\n{section}: {sections.SECTIONS[section].__doc__.splitlines()[0]}\n"
+        figures = printed.split(title)[1].split("\n\n")[0]
+        assert "paper" in figures or section == "accuracy" and "RMSE" in figures
+    assert "nan" not in printed
 
 
-def test_sections_are_chosen_and_printed_as_a_table():
-    chosen = ["--only", "eval", "--models", "sasrec", "--users=4", "--reps=1", "--device=cpu"]
-    command = [sys.executable, ROOT / "benchmark.py", *chosen, *TINY]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "sasrec, paper" in done.stdout and "users/s" in done.stdout and "narm" not in done.stdout
+def test_ranks_take_turns_in_processes_of_their_own():
+    bench = tiny("--models", "gru4rec")
+    first, second = measure.together(
+        2, sections.take_turns, bench, measure.settings("default", bench, "--batch_size=4")
+    )
+    assert first.keys() == {1, 2} and second.keys() == {2} and min(*first.values(), *second.values()) > 0
 
 
-def test_two_processes_have_the_parameters_of_one():
-    bench = benchmark.parse(["--device=cpu", "--models", "gru4rec", *TINY])
-    alone = benchmark.measure_parameters(bench, "default", 20, 5, True)
-    both = benchmark.together(2, benchmark.measure_parameters, bench, "default", 20, 5, True)
-    assert len(both) == 2 and (both[0] == both[1]).all()
-    assert abs(both[0] - alone).max() < 1e-6
-
-
-def test_apart_runs_in_another_process_with_memory_of_its_own():
-    assert benchmark.apart(os.getpid) != os.getpid()
-    held, bench = np.ones(10**8), benchmark.parse(["--device=cpu"])
-    assert benchmark.apart(benchmark.peak_memory, bench) < held.nbytes / 1e6 < benchmark.peak_memory(bench)
+def test_memory_is_that_of_a_fresh_process_or_unknown(monkeypatch):
+    held, bench = np.ones(10**8), tiny()
+    assert measure.together(1, measure.peak_memory, bench)[0] < held.nbytes / 1e6 < measure.peak_memory(bench)
+    monkeypatch.setattr(measure.Path, "exists", lambda path: False)
+    assert math.isnan(measure.peak_memory(bench))
 
 
 @pytest.mark.parametrize("wrong", [["--only", "cooking"], ["--model=lstm"], ["--reps=0"], ["--fold=9"]])
@@ -104,12 +114,11 @@ def test_wrong_options_are_refused(wrong):
         benchmark.parse(wrong)
 
 
-def test_rows_know_whether_they_meet_their_target():
-    assert benchmark.row("", 6, "x", at_least=6)["met"] and not benchmark.row("", 5, "x", at_least=6)["met"]
-    assert benchmark.row("", 1, "x", at_most=1.5)["met"] and not benchmark.row("", 2, "x", at_most=1.5)["met"]
-    assert benchmark.row("", 1, "x")["met"] is None
-
-
-def test_objective_weights_match_the_form():
-    bench = benchmark.parse(["--device=cpu"])
-    assert len(maml.objective_weights(benchmark.settings("paper", bench), 1)) == 4
+def test_an_outer_step_moves_the_system_and_counts_on():
+    options = measure.settings("paper", tiny())
+    take = measure.outer_steps(options, tiny(), 50)
+    run = take.__closure__[0].cell_contents
+    before = [p.clone() for p in run.parameters]
+    take()
+    assert run.loop["iteration"] == 1 and any((p != q).any() for p, q in zip(before, run.parameters, strict=True))
+    assert dataloader.AT_ONCE["adapt"] != dataloader.ON_GPU

@@ -5,6 +5,8 @@ MELO_RUN_KILLS sets how many runs of main.py are killed at a random moment (4), 
 
 import contextlib
 import io
+import json
+import math
 import os
 import random
 import shutil
@@ -17,7 +19,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from running import ITERATIONS, NAMES, ROOT, command, curves, has_saved, result, run, same, start, wait, wait_until
+from running import (
+    EVERY,
+    ITERATIONS,
+    NAMES,
+    ROOT,
+    at_write,
+    command,
+    curves,
+    has_saved,
+    result,
+    run,
+    same,
+    start,
+    wait,
+    wait_until,
+)  # fmt: skip
 
 import dataloader
 import main
@@ -25,7 +42,8 @@ import maml
 import options as option_module
 import pretrain
 from models import checkpoint
-from training import loop, run_folder
+from training import optimizer, run_folder
+from training import run as runs
 from utils import UserError
 
 KILLS = int(os.environ.get("MELO_RUN_KILLS", 4))
@@ -40,7 +58,7 @@ def place(tmp_path_factory):
 def every(place):
     """The folder of a run of main.py that was never interrupted and kept a checkpoint of every iteration."""
     log = place / "every" / "log"
-    assert main.main(command(log, "--checkpoint_interval=1", "--keep_checkpoints=100")) == 0
+    assert main.main(command(log, *EVERY)) == 0
     return log / NAMES["main"]
 
 
@@ -59,60 +77,36 @@ def test_curves_are_complete(every, pretrained, script):
     assert [step for step, _ in made["train/rmse"]] == [5, 10, 12]
 
 
-def kill_and_go_on(log, script, moment):
-    """Kill a run after a random checkpoint, or before the first, and go on; its folder."""
-    folder, step = log / NAMES[script], moment.randrange(-1, ITERATIONS)
-    process = start(log, "--checkpoint_interval=1", script=script)
+@pytest.mark.parametrize("number", range(KILLS + (KILLS + 3) // 4))
+def test_killed_at_a_random_moment(every, pretrained, place, number):
+    """After a random checkpoint, or before the first, and gone on with."""
+    script, moment = "main" if number < KILLS else "pretrain", random.Random(number)
+    log, step = place / f"killed{number}" / "log", moment.randrange(-1, ITERATIONS)
+    process = start(log, *EVERY, script=script)
     if step >= 0:
-        wait_until(has_saved(folder, step))
+        wait_until(has_saved(log / NAMES[script], step))
     time.sleep(moment.uniform(0, 0.3 if step < 0 else 0.03))
-    os.kill(process, signal.SIGKILL)
+    process.kill()
     assert wait(process) in (-signal.SIGKILL, 0)
     assert run(log, "--resume", script=script) == (0, "")
-    return folder
-
-
-@pytest.mark.parametrize("number", range(KILLS))
-def test_killed_at_a_random_moment(every, place, number):
-    folder = kill_and_go_on(place / f"killed{number}" / "log", "main", random.Random(number))
-    assert same(result(folder), result(every))
-
-
-@pytest.mark.parametrize("number", range((KILLS + 3) // 4))
-def test_pretraining_killed_at_a_random_moment(pretrained, place, number):
-    folder = kill_and_go_on(place / f"pretraining{number}" / "log", "pretrain", random.Random(1000 + number))
-    assert same(result(folder), result(pretrained))
+    assert same(result(log / NAMES[script]), result(every if script == "main" else pretrained))
 
 
 def test_sparse_items_killed_and_gone_on_with(place):
     """Rows of item tables have their own optimizer state."""
-    flags = "--sparse_items=True", "--checkpoint_interval=1"
+    flags = "--sparse_items=True", *EVERY
     whole, killed = place / "sparse" / "log", place / "sparse-killed" / "log"
     assert main.main(command(whole, *flags)) == 0
-    assert wait(start(killed, *flags, before=lambda: die_at_write(9))) == -signal.SIGKILL
+    assert wait(start(killed, *flags, before=at_write(9))) == -signal.SIGKILL
     assert run(killed, *flags, "--resume") == (0, "")
     assert same(result(killed / NAMES["main"]), result(whole / NAMES["main"]))
 
 
-def die_at_write(number):
-    """From now on, this process is killed when it is about to give a written file its name for the n-th time."""
-    rename, left = os.replace, [number]
-
-    def replace(*names):
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(*names)
-
-    os.replace = replace
-
-
 def test_killed_at_every_write(every, place):
     """Each process goes on from what the one before it saved, writes a few files, and dies at the next."""
-    log, written, statuses = place / "writes", 4, []
+    log, statuses = place / "writes", []
     while len(statuses) < 30 and statuses[-1:] != [0]:
-        process = start(log, "--resume", "--checkpoint_interval=2", before=lambda: die_at_write(written))
-        statuses.append(wait(process))
+        statuses.append(wait(start(log, "--resume", before=at_write(6))))
     assert len(statuses) > 3 and set(statuses[:-1]) == {-signal.SIGKILL}
     assert same(result(log / every.name), result(every))
 
@@ -125,7 +119,7 @@ def test_going_on_from_any_checkpoint(every, place, step):
     assert status == 0 and "best checkpoint" in errors and errors.count("\n") == 1
     made = result(folder)
     assert same(made["curves"], expected["curves"])
-    for part in ("last", "system", "optimizer"):
+    for part in ("last", "system", "optimizers"):
         assert same(made["states"][0][part], expected["states"][0][part])
 
 
@@ -171,7 +165,7 @@ def test_a_finished_run_goes_on_to_more_iterations(every, place):
         log = place / name
         shutil.copytree(every, log / every.name)
         if name == "longer-killed":
-            assert wait(start(log, *longer, before=lambda: die_at_write(4))) == -signal.SIGKILL
+            assert wait(start(log, *longer, before=at_write(4))) == -signal.SIGKILL
         assert run(log, *longer) == (0, "")
         results.append(result(log / every.name))
     assert same(*results)
@@ -179,7 +173,9 @@ def test_a_finished_run_goes_on_to_more_iterations(every, place):
     assert all(points[: len(before[tag])] == before[tag] for tag, points in after.items())
     assert [step for step, _ in after["validation/rmse"]] == [0, 5, 10, 12, 15, 18]
     opts = option_module.parse("", command(log, *longer))
-    expected = opts.outer_lr * loop.anneal(opts, ITERATIONS + 5)
+    done = (ITERATIONS + 5) / (ITERATIONS + 6)
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    expected = (opts.min_outer_lr + (opts.outer_lr - opts.min_outer_lr) * cosine) * (ITERATIONS + 6) / optimizer.WARMUP
     assert after["charts/learning_rate"][-1][1] == pytest.approx(expected, rel=1e-6)
     status, errors = run(log, "--resume")
     assert status == 2 and f"--num_train_iterations was {ITERATIONS + 6} and is now {ITERATIONS}" in errors
@@ -188,8 +184,8 @@ def test_a_finished_run_goes_on_to_more_iterations(every, place):
 def test_other_intervals_give_the_same_weights_and_no_double_points(every, place):
     log = place / "intervals"
     folder = copy_until(every, log, 7)
-    flags = "--resume", "--log_interval=7", "--checkpoint_interval=1"
-    assert wait(start(log, *flags, before=lambda: die_at_write(2))) == -signal.SIGKILL
+    flags = "--resume", "--log_interval=7", *EVERY
+    assert wait(start(log, *flags, before=at_write(2))) == -signal.SIGKILL
     assert run(log, *flags)[0] == 0
     made, expected = result(folder), result(every)
     assert same(made["states"][0]["last"], expected["states"][0]["last"])
@@ -205,7 +201,7 @@ def test_same_bits_in_other_surroundings(every, place):
     log = place / "elsewhere" / "log"
     log.mkdir(parents=True)
     changed = {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "OMP_NUM_THREADS": "1", "LC_ALL": "C"}
-    words = [sys.executable, ROOT / "main.py", *command(log, "--deterministic", "--checkpoint_interval=1")]
+    words = [sys.executable, ROOT / "main.py", *command(log, "--deterministic", *EVERY)]
     subprocess.run(words, cwd=log.parent, env={**os.environ, **changed}, check=True, capture_output=True)
     assert same(result(log / every.name), result(every))
 
@@ -225,7 +221,7 @@ def resume(every, place):
 
     def go_on(state):
         checkpoint.save_checkpoint(folder, ITERATIONS, {**state, "step": ITERATIONS}, keep=1)
-        loop.start(loop.new_run(system, problem, opts, folder))
+        runs.begin(runs.new_run(*system, problem, opts, folder))
 
     return go_on
 
@@ -240,8 +236,8 @@ def test_a_crafted_state_gives_one_sentence(every, resume, data):
     state = checkpoint.load_checkpoint(every / "checkpoints" / "best.pt")
     holder = state
     while True:
-        key = data.draw(st.sampled_from(sorted(holder, key=str)))
-        if not isinstance(holder[key], dict) or data.draw(st.booleans()):
+        key = data.draw(st.sampled_from(range(len(holder)) if isinstance(holder, list) else sorted(holder, key=str)))
+        if not isinstance(holder[key], dict | list) or not holder[key] or data.draw(st.booleans()):
             break
         holder = holder[key]
     if data.draw(st.booleans()):
@@ -259,8 +255,8 @@ def test_a_crafted_state_gives_one_sentence(every, resume, data):
         (("loop", "sums"), [1.0, 2.0], "loop state .* is damaged"),
         (("loop", "iteration"), 3, "loop state .* is damaged"),
         (("last", "rates.log_rate.head/user_bias"), torch.zeros(7), "does not fit its own options"),
-        (("optimizer", 0, "exp_avg"), torch.zeros(7), "optimizer state .* is damaged"),
-        (("optimizer", 999), {}, "optimizer state .* is damaged"),
+        (("optimizers", 0, 0, "exp_avg"), torch.zeros(7), "optimizer state .* is damaged"),
+        (("optimizers", 0, 999), {}, "optimizer state .* is damaged"),
         (("options", "batch_size"), 5, "--batch_size was 5 and is now 4"),
         (("options",), {(1, 2): 3}, "options .* are damaged"),
         (("fingerprint",), "abc", "belongs to other data"),
@@ -279,5 +275,18 @@ def test_a_state_that_does_not_fit_is_refused(every, resume, part, value, messag
 
 
 def test_resume_without_a_run_begins_one(every, place):
-    assert main.main(command(place / "none", "--resume", "--checkpoint_interval=1")) == 0
+    assert main.main(command(place / "none", "--resume", *EVERY)) == 0
     assert same(result(place / "none" / every.name), result(every))
+
+
+def test_each_validation_can_be_tested(every, place):
+    log = place / "each"
+    shutil.copytree(every, log / every.name)
+    steps = [step for step, _ in curves(every)["validation/rmse"]]
+    for number, path in checkpoint.find_checkpoints(log / every.name).items():
+        if number < ITERATIONS:
+            path.unlink()
+    assert list(checkpoint.find_checkpoints(log / every.name, "weights")) == steps
+    for step in steps:
+        assert main.main(command(log, "--test", f"--checkpoint_step={step}")) == 0
+        assert json.loads((log / every.name / "test.json").read_text())["step"] == step

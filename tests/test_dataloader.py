@@ -1,6 +1,6 @@
 """Splits, tasks, windows, packing and item tables, against plain loops over users, windows and positions."""
 
-import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,12 +10,6 @@ import torch
 
 import dataloader
 import utils
-
-
-@pytest.fixture
-def options():
-    return tiny.options()
-
 
 # -----------------------------------------------------------------------------
 # split
@@ -111,13 +105,14 @@ def drawn(n_support, options, seed=None):
 @pytest.mark.parametrize(("samples", "shortest"), [(1, 2), (6, 2), (25, 1), (25, 4)])
 def test_windows_are_distinct_parts_of_the_support(samples, shortest, seed):
     options = tiny.options(num_samples=samples, min_sub_window_size=shortest)
-    supports = [1, 2, 3, 4, 6, 29, 29, 29]
-    for n, found in zip(supports, drawn(supports, options, seed), strict=True):
-        least = min(shortest, n)
-        possible = {(s, length) for length in range(least, n + 1) for s in range(n - length + 1)}
-        assert found[0] == (0, n)
-        assert len(set(found)) == len(found) == min(samples, len(possible))
-        assert set(found) <= possible
+    supports = [0, 1, 2, 3, 4, 6, 29, 29, 29]
+    no_support, *found = drawn(supports, options, seed)
+    assert no_support == []
+    for n, windows in zip(supports[1:], found, strict=True):
+        possible = {(s, length) for length in range(min(shortest, n), n + 1) for s in range(n - length + 1)}
+        assert windows[0] == (0, n)
+        assert len(set(windows)) == len(windows) == min(samples, len(possible))
+        assert set(windows) <= possible
 
 
 def test_windows_without_a_generator_are_always_the_same():
@@ -128,23 +123,33 @@ def test_windows_without_a_generator_are_always_the_same():
 
 def test_random_windows_cover_all_windows_alike():
     options = tiny.options(num_samples=4, min_sub_window_size=2)
-    counts = {}
-    for found in drawn([5] * 3000, options, 0):
-        for window in found[1:]:
-            counts[window] = counts.get(window, 0) + 1
+    counts = Counter(window for found in drawn([5] * 3000, options, 0) for window in found[1:])
     assert len(counts) == 4 + 3 + 2
     assert min(counts.values()) > 0.9 * 1000 and max(counts.values()) < 1.1 * 1000
 
 
-def test_windows_of_a_support_of_none():
-    assert drawn([0, 3], tiny.options(num_samples=3))[0] == []
+@pytest.mark.parametrize("model", tiny.LEARNERS)
+@pytest.mark.parametrize("loss", ["lstm", "mlp"])
+def test_windows_share_positions_only_where_no_prediction_or_weight_reads_their_end(model, loss):
+    options = tiny.options(model=model, loss_network=loss, normalize_loss=False)
+    assert dataloader.keeps_longest(options) == (model in ("narm", "gru4rec", "meanpool") and loss == "lstm")
+
+
+def test_positions_of_shared_starts_count_as_often_as_windows_hold_them():
+    start, length = np.array([[0, 0, 2, 0, 2, 0]]), np.array([[5, 2, 3, 4, 2, 0]])
+    kept, times = dataloader.keep_longest(start, length, True)
+    assert kept.tolist() == [[5, 0, 3, 0, 0, 0]]
+    assert times[0, 0].tolist() == [3, 3, 2, 2, 1] and times[0, 2].tolist() == [2, 2, 1, 0, 0]
+    every, once = dataloader.keep_longest(start, length, False)
+    assert every is length and (once == 1).all() and once.shape == times.shape
 
 
 def test_packing_never_overlaps_or_runs_over():
     rng, width = np.random.RandomState(0), 12
     length = rng.randint(0, width + 1, (50, 9))
-    length[:, 0] = width
-    rows, columns = dataloader.pack(length, np.full(len(length), width))
+    length[:25, 0] = width
+    rows, columns = dataloader.pack(length, width)
+    assert not rows[:, 0].any() and not columns[:, 0].any()  # what the queries read begins row 0
     for lengths, row, column in zip(length, rows, columns, strict=True):
         taken = np.zeros((9, width), int)
         for window in np.flatnonzero(lengths):
@@ -157,15 +162,10 @@ def test_packing_never_overlaps_or_runs_over():
         assert len(used) == 1 or np.sort(used)[:2].sum() > width
 
 
-def test_query_history_is_alone_at_the_start_of_row_zero():
-    length = np.array([[4, 3, 3, 1], [0, 0, 0, 0], [6, 2, 2, 2]])
-    row, column = dataloader.pack(length, np.full(len(length), 6))
-    assert not row[:, 0].any() and not column[:, 0].any()
-
-
 def test_tables_name_each_item_once():
     items = np.random.RandomState(0).randint(0, 8, (20, 11))
-    table, places = dataloader.task_tables(items)
+    table, places = dataloader.task_tables(items, 12)
+    assert table.shape == (20, 12)
     for row, place, given in zip(table, places, items, strict=True):
         assert np.array_equal(row[place], given)
         distinct = np.unique(np.append(given, 0))
@@ -180,66 +180,61 @@ def test_tables_name_each_item_once():
 def unpack(tasks, t):
     """Task t as {segment: [(item, rating, position), ...]} and its queries [(item, rating), ...]."""
     table, found = tasks.table[t], {}
-    for b, r, s in (tasks.segment * (tasks.task == t)[:, None, None]).nonzero().tolist():
-        position = int(tasks.position[b, r, s])
-        entry = int(table[tasks.items[b, r, s]]), float(tasks.ratings[b, r, s]), position
-        found.setdefault(int(tasks.segment[b, r, s]), []).append(entry)
+    for r, s in tasks.segment[t].nonzero().tolist():
+        entry = int(table[tasks.items[t, r, s]]), float(tasks.ratings[t, r, s]), int(tasks.position[t, r, s])
+        found.setdefault(int(tasks.segment[t, r, s]), []).append(entry)
     queries = zip(table[tasks.query_items[t]].tolist(), tasks.query_ratings[t].tolist(), strict=True)
-    real = tasks.query[t].tolist()
-    return found, [pair for pair, counts in zip(queries, real, strict=True) if counts]
+    return found, [pair for pair, counts in zip(queries, tasks.query[t].tolist(), strict=True) if counts]
 
 
-@pytest.mark.parametrize("given", [{}, {"use_rating_input": True}, {"num_samples": 1}, {"full_support": 1}])
-def test_training_tasks_are_stretches_of_sequences(given):
-    options = tiny.options(batch_size=40, **given)
-    sequences = tiny.sequences()
-    tasks = tiny.sample_tasks(sequences, np.arange(6), options, 0)
-    ratings = list(zip(sequences.items.tolist(), sequences.ratings.tolist(), strict=True))
-    users = [ratings[a:b] for a, b in zip(sequences.offsets, sequences.offsets[1:], strict=False)]
-    for t in range(40):
-        found, queries = unpack(tasks, t)
-        support = [entry[:2] for entry in found[1]]
-        stretch = support + queries
-        assert 1 <= len(queries) <= options.num_query_set
-        assert 1 <= len(support) == int(tasks.query_last[t]) + 1 < options.max_seq_len
-        assert any(stretch == user[i : i + len(stretch)] for user in users for i in range(len(user)))
-        for window in found.values():
-            part, positions = [entry[:2] for entry in window], [entry[2] for entry in window]
-            assert any(part == support[i : i + len(part)] for i in range(len(support)))
-            assert positions == list(range(len(part), 0, -1))
-
-
-def test_positions_of_shared_starts_count_as_often_as_windows_hold_them():
-    start, length = np.array([[0, 0, 2, 0, 2, 0]]), np.array([[5, 2, 3, 4, 2, 0]])
-    kept, times = dataloader.share_starts(start, length, True)
-    assert kept.tolist() == [[5, 0, 3, 0, 0, 0]]
-    assert times[0, 0].tolist() == [3, 3, 2, 2, 1] and times[0, 2].tolist() == [2, 2, 1, 0, 0]
-    every, once = dataloader.share_starts(start, length, False)
-    assert every is length and (once == 1).all() and once.shape == times.shape
-
-
-def test_sampling_is_a_function_of_seed_and_stream(options):
-    sequences, users = tiny.sequences(), np.arange(6)
-    first = tiny.sample_tasks(sequences, users, options, 3)
-    np.random.seed(9)
-    torch.manual_seed(9)
-    again = tiny.sample_tasks(sequences, users, options, 3)
-    assert all(map(torch.equal, first, again))
-    other = tiny.sample_tasks(sequences, users, options, 4)
-    options.random_seed += 1
-    seeded = tiny.sample_tasks(sequences, users, options, 3)
-    assert not same(first, other) and not same(first, seeded)
+def drawn_tasks(options, *stream):
+    return dataloader.sample_tasks(tiny.sequences(), np.arange(6), options, *stream)
 
 
 def same(tasks, others):
     return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(tasks, others, strict=True))
 
 
+@pytest.mark.parametrize("given", [{}, {"model": "gru4rec"}, {"num_samples": 1}, {"full_support": 1}])
+def test_training_tasks_are_parts_of_sequences(given):
+    options, sequences = tiny.options(batch_size=40, **given), tiny.sequences()
+    tasks = drawn_tasks(options, 0)
+    ratings = list(zip(sequences.items.tolist(), sequences.ratings.tolist(), strict=True))
+    users = [ratings[a:b] for a, b in zip(sequences.offsets, sequences.offsets[1:], strict=False)]
+    for t in range(40):
+        found, queries = unpack(tasks, t)
+        support = [entry[:2] for entry in found[1]]
+        whole = support + queries
+        assert 1 <= len(queries) <= options.num_query_set
+        assert 1 <= len(support) == int(tasks.n_support[t]) < options.max_seq_len
+        [user] = {
+            number for number, user in enumerate(users) for i in range(len(user)) if whole == user[i : i + len(whole)]
+        }
+        assert tasks.fold[t] == user % dataloader.FOLDS + 1
+        assert given.get("full_support") != 1 or len(support) == min(6, len(users[user]) - len(queries))
+        for window in found.values():
+            part, positions = [entry[:2] for entry in window], [entry[2] for entry in window]
+            assert any(part == support[i : i + len(part)] for i in range(len(support)))
+            assert positions == list(range(len(part), 0, -1))
+        assert not tasks.times[t][tasks.segment[t] == 0].any()
+
+
+def test_sampling_is_a_function_of_seed_and_stream():
+    options = tiny.options()
+    first = drawn_tasks(options, 3)
+    np.random.seed(9)
+    torch.manual_seed(9)
+    assert same(first, drawn_tasks(options, 3)) and not same(first, drawn_tasks(options, 4))
+    options.random_seed += 1
+    assert not same(first, drawn_tasks(options, 3))
+
+
 @pytest.mark.parametrize("back", [0, 1])
 @pytest.mark.parametrize("shots", [None, 1, 3])
-def test_evaluation_asks_for_the_last_rating(options, shots, back):
-    sequences, users = tiny.sequences(), np.array([0, 2, 3, 4, 5])
+def test_evaluation_has_the_last_rating_as_target(shots, back):
+    options, sequences, users = tiny.options(), tiny.sequences(), np.array([0, 2, 3, 4, 5])
     tasks = dataloader.last_tasks(sequences, users, options, shots, back)
+    assert not tasks.fold.any()
     for t, user in enumerate(users):
         end = sequences.offsets[user + 1] - 1 - back
         first = max(sequences.offsets[user], end - (options.max_seq_len - 1 if shots is None else shots))
@@ -247,89 +242,70 @@ def test_evaluation_asks_for_the_last_rating(options, shots, back):
         assert queries == [(sequences.items[end], sequences.ratings[end])]
         assert [entry[0] for entry in found[1]] == sequences.items[first:end].tolist()
         assert [entry[1] for entry in found[1]] == sequences.ratings[first:end].tolist()
-    again = dataloader.last_tasks(sequences, users, options, shots, back)
-    assert same(tasks, again)
+        alone = dataloader.last_tasks(sequences, users[t : t + 1], options, shots, back)
+        assert unpack(alone, 0) == unpack(tasks, t)
+    assert same(tasks, dataloader.last_tasks(sequences, users, options, shots, back))
 
 
 def test_users_without_support_are_left_out():
     sequences = tiny.sequences(lengths=(1, 2, 3, 9))
     assert dataloader.usable_users(sequences, np.arange(4)).tolist() == [1, 2, 3]
-    assert dataloader.usable_users(sequences, np.arange(4), min_support=2).tolist() == [2, 3]
 
 
-def test_a_task_does_not_hang_on_its_neighbours(options):
-    sequences, users = tiny.sequences(), np.array([0, 2, 5])
-    together = dataloader.last_tasks(sequences, users, options)
-    for t, user in enumerate(users):
-        alone = dataloader.last_tasks(sequences, users[t : t + 1], options)
-        assert unpack(alone, 0) == unpack(together, t), user
-
-
-def test_every_rating_of_a_cloze_is_hidden_once_per_window_and_never_in_the_history():
-    options = tiny.options(use_rating_input=True, num_masks=3, num_samples=4)
-    tasks = dataloader.last_tasks(tiny.sequences(), np.array([0, 2, 5]), options)
-    assert torch.equal(tasks.support, ~tasks.known & (tasks.segment > 0))
-    for t in range(3):
-        first = tasks.segment[t] == 1
-        assert tasks.known[t][first].all()
-        windows, _ = unpack(tasks, t)
-        items = {n: [entry[0] for entry in window] for n, window in windows.items() if n > 1}
-        times = {}
-        for n, window in items.items():
-            hidden = tasks.support[t][tasks.segment[t] == n].tolist()
-            for item, counts in zip(window, hidden, strict=True):
-                times.setdefault(tuple(window), {}).setdefault(item, []).append(counts)
-        assert all(sum(hidden) == 1 and len(hidden) == 3 for w in times.values() for hidden in w.values())
-
-
-def test_items_alone_are_all_support(options):
-    tasks = dataloader.last_tasks(tiny.sequences(), np.array([0, 2]), options)
-    assert torch.equal(tasks.support, tasks.segment > 0)
-    assert torch.equal(tasks.known, tasks.segment > 0)
-
-
-def test_rows_are_no_wider_than_the_longest_support(options):
-    tasks = tiny.sample_tasks(tiny.sequences(), np.arange(6), options, 0)
-    assert tasks.items.shape[2] == int(tasks.query_last.max()) + 1
-    assert int(tasks.items.max()) < tasks.table.shape[1]
+@pytest.mark.parametrize("lengths", [(2, 2), (3, 5), (9, 30)])
+def test_shapes_hang_on_the_options_alone(lengths):
+    """So that a GPU can do a whole step again and again; the number of rows alone follows from the windows."""
+    options = tiny.options(batch_size=5)
+    sequences, users = tiny.sequences(lengths), np.arange(2)
+    tasks = dataloader.sample_tasks(sequences, users, options, 0)
+    positions, queries = options.max_seq_len - 1, options.num_query_set
+    assert tasks.items.shape[::2] == (5, positions) and tasks.query.shape == (5, queries)
+    assert tasks.table.shape == (5, 1 + positions + queries)
+    last = dataloader.last_tasks(sequences, users, options, shots=1)
+    assert last.items.shape[::2] == (2, positions) and last.table.shape == (2, 2 + positions)
 
 
 # -----------------------------------------------------------------------------
 # parts of a meta-batch
 
 
-@pytest.mark.parametrize("given", [{}, {"chunk": 1}, {"chunk": 3}, {"on_gpu": True}])
-def test_parts_hold_every_task_once_and_unchanged(options, given):
-    options.batch_size = 20
-    tasks, seen = tiny.sample_tasks(tiny.sequences(), np.arange(6), options, 0), []
-    for numbers, part in dataloader.by_size(tasks, **given):
-        assert len(numbers) == len(part.table) <= given.get("chunk", 20)
+@pytest.mark.parametrize("purpose", ["adapt", "predict"])
+@pytest.mark.parametrize(("budget", "chunk"), [(10**6, 0), (10**6, 1), (10**6, 3), (60, 0), (60, 2), (1, 0)])
+def test_parts_hold_every_task_once_and_unchanged_within_the_budget(budget, chunk, purpose, monkeypatch):
+    monkeypatch.setitem(dataloader.AT_ONCE, purpose, budget)
+    tasks, seen, positions = drawn_tasks(tiny.options(batch_size=20), 0), [], []
+    for numbers, part in dataloader.parts(tasks, torch.device("cpu"), purpose, chunk):
+        assert len(numbers) == len(part.table) <= (chunk or 20)
+        assert len(numbers) == 1 or part.items.numel() <= budget
+        positions.append(part.items[0].numel())
         for place, t in enumerate(numbers):
             assert unpack(part, place) == unpack(tasks, t)
-            assert part.query_last[place] == tasks.query_last[t]
+            assert part.n_support[place] == tasks.n_support[t]
             assert part.segment[place, 0, 0] == 1
-        seen += list(numbers)
+        seen += numbers.tolist()
         real = part.segment > 0
-        assert real.any(0).any(0).all() and real.any(0).any(1).all() and part.query.any(0).all()
+        assert real.any(0).any(0).all() and real.any(0).any(1).all()  # no row or column is empty in all tasks
     assert sorted(seen) == list(range(20))
+    assert positions == sorted(positions, reverse=True)
 
 
-def cost_in_blocks(rows, width):
-    """Positions, empty ones included, of the blocks of tasks with that many rows each, and the copies of weights."""
-    heights = min(dataloader.BLOCK, rows.max()), rows.max()
-    return min((sum(-(-rows // height)) * (height * width + dataloader.WEIGHTS)) for height in heights)
+@pytest.mark.parametrize("chunk", [0, 3, 100])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_share_tasks_evenly(world_size, chunk):
+    tasks = drawn_tasks(tiny.options(batch_size=29), 0)
+    shares = [dataloader.share(tasks, chunk, rank, world_size) for rank in range(world_size)]
+    every = [number for groups in shares for group in groups for number in group]
+    assert sorted(every) == list(range(29))
+    assert all(len(group) <= (chunk or 29) for groups in shares for group in groups)
+    _, _, size = dataloader.sizes(tasks)
+    work = [sum(int(size[group].sum()) for group in groups) for groups in shares]
+    assert max(work) - min(work) <= 2 * int(size.max())
 
 
-def test_parts_cost_least_of_all_ways_to_cut(monkeypatch):
-    rng = np.random.default_rng(0)
-    for part, cache in ((0, 10**6), (300, 10**6), (300, 600), (300, 1), (10**6, 10**6)):
-        monkeypatch.setattr(dataloader, "PART", part)
-        used, width = rng.integers(1, 200, 8), np.sort(rng.integers(1, 30, 8))[::-1]
-        costs = {}
-        for ends in itertools.product((False, True), repeat=7):
-            parts = np.split(np.arange(8), np.flatnonzero(ends) + 1)
-            widest = [width[tasks].max() for tasks in parts]
-            sizes = [cost_in_blocks(-(-used[t] // w), w) for t, w in zip(parts, widest, strict=True)]
-            if all(size <= cache or len(tasks) == 1 for size, tasks in zip(sizes, parts, strict=True)):
-                costs[tuple(map(len, parts))] = sum(sizes) + part * len(parts)
-        assert costs[tuple(dataloader.part_lengths(used, width, cache))] == min(costs.values())
+def test_groups_are_the_same_for_any_number_of_ranks():
+    tasks = drawn_tasks(tiny.options(batch_size=24), 0)
+    groups = [
+        sorted(group.tolist() for rank in range(size) for group in dataloader.share(tasks, 3, rank, size))
+        for size in (1, 2, 4)
+    ]
+    assert groups[0] == groups[1] == groups[2] and len(groups[0]) == 8

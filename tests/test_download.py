@@ -121,7 +121,7 @@ def test_a_failure_says_what_to_do_and_leaves_nothing(tmp_path, server, answer):
     text = str(error.value)
     assert f"cannot get ml-1m from {server.url}/ml-1m.zip (tried 3 times: " in text and "\n" not in text
     assert f"fetch {download.PUBLISHER}/ml-1m.zip by hand and put it at {tmp_path}/ml-1m.zip" in text
-    assert "--data_url" in text
+    assert "--data_url" in text and "--data_path" in text
     assert len(server.asked) == 3 and not list(tmp_path.iterdir()) and socket.getdefaulttimeout() == default
 
 

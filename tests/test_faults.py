@@ -1,23 +1,44 @@
 """Faults that really happen to a run: what it says, the exit status, and that it goes on to the same bits."""
 
 import os
-import resource
 import shutil
 import signal
 import socket
+from functools import partial
 
-import numpy as np
 import pytest
+import tiny
 import torch
-from running import ITERATIONS, NAMES, command, has_saved, read_events, result, run, same, start, wait, wait_until
+from running import (
+    EVERY,
+    ITERATIONS,
+    NAMES,
+    at_call,
+    at_iteration,
+    at_write,
+    command,
+    has_saved,
+    kill,
+    poison,
+    read_events,
+    result,
+    run,
+    same,
+    start,
+    wait_until,
+)  # fmt: skip
 
 import dataloader
 import main
 import options as option_module
 import utils
 from models import checkpoint
-from training import loop, progress
+from training import run as runs
+from training import tensorboard
 from utils import UserError
+
+resource = pytest.importorskip("resource")  # limits of a process
+STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +55,6 @@ def log(whole, tmp_path):
     return tmp_path / "log"
 
 
-def do_before(function, number, action, owner=loop):
-    """From now on, `action` is done before the n-th call of a function of `owner`."""
-    original, left = getattr(owner, function), [number]
-
-    def replaced(*arguments, **more):
-        left[0] -= 1
-        if not left[0]:
-            action()
-        return original(*arguments, **more)
-
-    setattr(owner, function, replaced)
-
-
 def assert_goes_on(whole, log, *flags):
     assert run(log, "--resume", *flags) == (0, "")
     assert same(result(log / whole.name), result(whole))
@@ -56,19 +64,18 @@ def assert_goes_on(whole, log, *flags):
 # stopped
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("function", ["train_iteration", "save", "start"])
-def test_a_signal_stops_after_the_iteration(whole, log, function, number, status):
-    stop = lambda: os.kill(os.getpid(), number)  # noqa: E731
-    code, errors = run(log, before=lambda: do_before(function, 1 if function == "start" else 3, stop))
-    assert code == status
+@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("when", [at_iteration, at_write], ids=["iteration", "save"])
+def test_a_signal_stops_after_the_iteration(whole, log, when, number):
+    code, errors = run(log, before=when(3, partial(kill, number)))
+    assert code == STOPS[number]
     assert "stopped after iteration" in errors and errors.endswith("the same command with --resume goes on\n")
     assert_goes_on(whole, log)
 
 
 def test_ctrl_c_before_training_is_one_line(log):
-    interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
-    assert run(log, before=lambda: do_before("load_problem", 1, interrupt, dataloader)) == (130, "interrupted\n")
+    interrupt = partial(at_call, "dataloader.load_problem", 1, partial(kill, signal.SIGINT))
+    assert run(log, before=interrupt) == (130, "interrupted\n")
     assert not log.exists()
 
 
@@ -76,24 +83,24 @@ def test_ctrl_c_before_training_is_one_line(log):
 # folders and disks
 
 
-def test_log_folder_removed_during_the_run(log):
-    for number in (2, 9):
-        code, errors = run(log, before=lambda n=number: do_before("train_iteration", n, lambda: shutil.rmtree(log)))
-        assert code == 2 and "its folder was removed" in errors and "--log_dir" in errors
-        assert not log.exists()
+@pytest.mark.parametrize("number", [2, 9])
+def test_log_folder_removed_during_the_run(log, number):
+    code, errors = run(log, before=at_iteration(number, partial(shutil.rmtree, log)))
+    assert code == 2 and "its folder is missing or was removed" in errors
+    assert not log.exists()
 
 
 def test_a_second_run_is_refused_and_the_first_unharmed(whole, log):
-    pause = lambda: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
-    process = start(log, before=lambda: do_before("train_iteration", 7, pause))
+    process = start(log, before=at_iteration(8, partial(kill, signal.SIGSTOP)))
     folder = log / whole.name
     wait_until(has_saved(folder, 6))
     for flag in ("--resume", "--overwrite", "--log_interval=5"):
-        with pytest.raises(UserError, match=f"in use by process {process} on host {socket.gethostname()}"):
+        with pytest.raises(UserError, match=f"in use by process {process.pid} on host {socket.gethostname()}"):
             main.main(command(log, flag))
-    wait_until(lambda: os.waitpid(process, os.WUNTRACED | os.WNOHANG)[0])
-    os.kill(process, signal.SIGCONT)
-    assert wait(process) == 0
+    while process.exitcode is None:  # it may not have stopped yet
+        os.kill(process.pid, signal.SIGCONT)
+        process.join(0.1)
+    assert process.exitcode == 0
     assert same(result(folder), result(whole))
 
 
@@ -105,16 +112,19 @@ def test_a_finished_run_is_not_overwritten_by_accident(whole, monkeypatch):
     assert same(result(whole), before)
 
 
+def limit_files(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
 @pytest.mark.parametrize(
-    ("function", "owner", "size", "file"),
+    ("function", "size", "file"),
     [
-        ("save_checkpoint", checkpoint, 50_000, "checkpoints/step-"),
-        ("flush", progress.EventLog, 1000, "events.out.tfevents"),
+        ("models.checkpoint.save_checkpoint", 50_000, "checkpoints/step-"),
+        ("training.progress.log_validation", 1000, "events.out.tfevents"),
     ],
 )
-def test_file_size_limit(whole, log, function, owner, size, file):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
-    code, errors = run(log, before=lambda: do_before(function, 3, limit, owner))
+def test_file_size_limit(whole, log, function, size, file):
+    code, errors = run(log, before=partial(at_call, function, 3, partial(limit_files, size)))
     assert code == 2 and file in errors and "what was saved before is whole: raise the file-size limit" in errors
     assert_goes_on(whole, log)
 
@@ -148,52 +158,41 @@ def test_divergence_names_iteration_figure_and_option(log, flag, script, words):
     assert all(value.isfinite().all() for value in state["last"].values())
 
 
-def test_parameters_that_are_not_finite_are_not_saved(log):
-    code, errors = run(log, "--outer_lr=1e30", "--weight_decay=1e10", "--warmup=1", "--checkpoint_interval=1")
-    assert code == 3 and "iteration 1: the last step made parameters that are not finite" in errors
-    assert checkpoint.load_newest(log / NAMES["main"])["step"] == 0
-
-
-def poison(iterations):
-    """From now on, the tasks of these iterations have a rating that is not a number."""
-    draw = loop.draw_batch
-
-    def poisoned(sequences, users, options, iteration):
-        batch = draw(sequences, users, options, iteration)
-        if iteration in iterations:
-            batch.groups[0].query_ratings[0, 0] = np.nan
-        return batch
-
-    loop.draw_batch = poisoned
+def test_parameters_that_are_not_finite_are_not_saved():
+    training = tiny.run(tiny.options())
+    training.parameters[-1].data.fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match="iteration 0: the last step made parameters that are not finite"):
+        runs.save(training)
 
 
 def test_a_bad_iteration_ends_the_run_with_the_state_before_it(whole, log):
-    code, errors = run(log, before=lambda: poison([7]))
-    assert code == 3 and "error: iteration 7: the query loss is nan" in errors and "--skip_nonfinite" in errors
+    code, errors = run(log, before=partial(poison, 7))
+    assert code == 3 and "norm of the meta-gradient nan" in errors and "--skip_nonfinite" in errors
+    assert errors.startswith("error: iteration 7: ")
     assert checkpoint.load_newest(log / whole.name)["step"] == 7
     assert_goes_on(whole, log)
 
 
 def test_skipped_iterations_leave_everything_as_it_was(log):
-    flags = "--skip_nonfinite", "--checkpoint_interval=1", "--keep_checkpoints=100"
-    code, errors = run(log, *flags, before=lambda: poison([0, 7]))
+    flags = "--skip_nonfinite", *EVERY
+    code, errors = run(log, *flags, before=partial(poison, 0, 7))
     assert code == 0 and errors == "left out 2 iterations that were not finite\n"
     made = result(folder := log / NAMES["main"])
     states = {step: checkpoint.load_checkpoint(path) for step, path in checkpoint.find_checkpoints(folder).items()}
-    for part in ("system", "last", "optimizer"):
+    for part in ("system", "last", "optimizers"):
         assert same(states[7][part], states[8][part]) and not same(states[8][part], states[9][part])
     assert same(states[1]["system"], states[1]["last"])  # nothing was averaged yet
     assert made["curves"]["train/skipped_iterations"][-1] == (ITERATIONS, 2.0)
-    for step in (1, 9):  # going on from there gives the same bits
-        other = log.parent / f"from{step}"
-        process = start(other, *flags, before=lambda n=step: (poison([0, 7]), die_after_save(n)))
-        assert wait(process) == -signal.SIGKILL
-        assert run(other, *flags, "--resume", before=lambda: poison([0, 7]))[0] == 0
-        assert same(result(other / folder.name), made)
-
-
-def die_after_save(number):
-    do_before("save_checkpoint", number + 1, lambda: os.kill(os.getpid(), signal.SIGKILL), checkpoint)
+    for step, left in ((1, [7 - 1]), (9, [])):  # going on from there gives the same bits
+        other = log.parent / f"from{step}" / "log"
+        shutil.copytree(folder, other / folder.name)
+        for number, path in checkpoint.find_checkpoints(other / folder.name).items():
+            if number > step:
+                path.unlink()
+        (other / folder.name / "checkpoints" / "best.pt").unlink()
+        assert run(other, *flags, "--resume", before=partial(poison, *left))[0] == 0
+        assert same(result(other / folder.name)["states"][0]["last"], made["states"][0]["last"])
+        assert same(result(other / folder.name)["curves"], made["curves"])
 
 
 # -----------------------------------------------------------------------------
@@ -211,12 +210,13 @@ def limit_memory(more):
 @pytest.mark.parametrize(
     ("flags", "remedy"),
     [
-        (["--batch_size=100000000"], "lower --batch_size, which is 100000000"),
+        (["--batch_size=65536", "--num_query_set=50"], "lower --batch_size, which is 65536"),
         (["--batch_size=30000", "--task_chunk=20000", "--bert_hidden_units=128"], "give --task_chunk=10000"),
     ],
 )
 def test_out_of_memory_names_what_to_lower(log, flags, remedy):
-    code, errors = run(log, *flags, before=lambda: do_before("draw_tasks", 1, lambda: limit_memory(200_000_000)))
+    limit = partial(at_call, "training.progress.log_validation", 1, partial(limit_memory, 200_000_000))
+    code, errors = run(log, *flags, before=limit)
     assert code == 2 and "error: out of memory: " in errors and remedy in errors
 
 
@@ -232,26 +232,35 @@ def test_out_of_memory_on_a_gpu_and_other_errors():
 
 
 # -----------------------------------------------------------------------------
-# TensorBoard's file
+# TensorBoard's files
+
+
+def write_points(folder, purge_step, points):
+    with tensorboard.open_writer(folder, purge_step) as writer:
+        for step, value in points:
+            writer.add_scalar("x", value, step)
 
 
 def test_a_later_file_replaces_the_points_it_says(tmp_path):
+    """Also where one begins in the same second as the one before, and where a file breaks off."""
     for number, (purge_step, steps) in enumerate([(None, range(5)), (3, range(3, 7)), (5, range(5, 8))]):
-        log = progress.EventLog(tmp_path, purge_step)  # all within one second
-        for step in steps:
-            log.add_scalar("x", 10 * number + step, step)
-        log.flush()
+        write_points(tmp_path, purge_step, [(step, 10 * number + step) for step in steps])
     points = [(event.step, event.value) for event in read_events(tmp_path).Scalars("x")]
     assert points == [(0, 0), (1, 1), (2, 2), (3, 13), (4, 14), (5, 25), (6, 26), (7, 27)]
+    newest = max(tmp_path.iterdir())
+    os.truncate(newest, newest.stat().st_size - 5)
+    write_points(tmp_path, 7, [(7, 7)])
+    assert [event.value for event in read_events(tmp_path).Scalars("x")][-2:] == [26, 7]
 
 
-def test_a_file_that_breaks_off_is_read_up_to_there(tmp_path):
-    log = progress.EventLog(tmp_path)
-    for step in range(3):
-        log.add_scalar("x", step, step)
-    log.flush()
-    os.truncate(log.path, log.path.stat().st_size - 5)
-    log = progress.EventLog(tmp_path, purge_step=2)
-    log.add_scalar("x", 7, 2)
-    log.flush()
-    assert [event.value for event in read_events(tmp_path).Scalars("x")] == [0, 1, 7]
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_sentence(tmp_path, capfd):
+    writer = tensorboard.open_writer(tmp_path)
+    path = next(tmp_path.iterdir())
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(UserError, match="No space left on device.*make room"), tensorboard.writing_events(tmp_path):
+        for step in range(100):
+            writer.add_scalar("x", step, step)
+        writer.flush()
+    assert capfd.readouterr() == ("", "")

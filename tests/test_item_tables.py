@@ -1,5 +1,7 @@
 """Item tables: embeddings against a dense eigendecomposition, and tables that do not know a part of the users."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tiny
@@ -12,7 +14,6 @@ import maml
 from dataloader import Sequences
 from models import item_tables
 from models.learner import Learner
-from training import loop
 from utils import UserError
 
 
@@ -66,62 +67,84 @@ def test_where_lanczos_fails_the_dense_method_takes_over(monkeypatch):
     monkeypatch.setattr(item_tables, "eigsh", fail)
     np.testing.assert_allclose(item_tables.embed(sequences, users, 60, 6), expected, atol=1e-8)
     monkeypatch.setattr(item_tables, "MOST_DENSE", 50)
-    with pytest.raises(UserError, match="--init_items=random"):
+    with pytest.raises(UserError, match="--head=plain"):
         item_tables.embed(sequences, users, 60, 6)
 
 
-def test_tables_of_a_part_do_not_know_its_users():
-    options = tiny.options(cross_fit=3, factor_prior=2.0)
-    sequences, _, _ = simulate(n_users=120)
-    users = np.arange(0, 120, 2)
-    whole = item_tables.fit(sequences, users, 20, options)
-    shifts = item_tables.fit_apart(sequences, users, 20, options, whole)
+def test_tables_without_a_fold_do_not_know_its_users():
+    options, (sequences, _, _) = tiny.options(factor_prior=2.0), simulate(n_users=120)
+    users = np.arange(0, 120, 3)
+    fit = item_tables.fit(sequences, users, 20, options)
     ratings = sequences.ratings.copy()
-    ratings[np.repeat(np.arange(120) % 3 == 1, 12)] *= -1
-    again = item_tables.fit_apart(sequences._replace(ratings=ratings), users, 20, options, whole)
-    for name in whole:
-        assert shifts[name].shape == (4, *whole[name].shape) and not shifts[name][0].any()
-        np.testing.assert_array_equal(shifts[name][2], again[name][2])
+    ratings[np.repeat(np.arange(120) % dataloader.FOLDS == 1, 12)] *= -1
+    again = item_tables.fit(sequences._replace(ratings=ratings), users, 20, options)
+    for name, whole in fit.whole.items():
+        shift = fit.shifts[name]
+        assert shift.shape == (dataloader.FOLDS + 1, 21, whole.shape[1]) and not shift[0].any()
+        assert not shift[:, 0].any()  # of padding
+        apart, without = (found.shifts[name][2, 1:].numpy() + found.whole[name] for found in (fit, again))
+        np.testing.assert_allclose(apart @ apart.T, without @ without.T, atol=1e-5)
         if name != "item_embedding":  # which ratings there are, not what they are
-            assert np.abs(shifts[name][1] - again[name][1]).max() > 0.01
-    apart = item_tables.fit(sequences, users[users % 3 != 2], 20, options)["item_factor"]
-    turned = shifts["item_factor"][3] + whole["item_factor"]
-    np.testing.assert_allclose(turned @ turned.T, apart @ apart.T, atol=1e-5)
+            assert np.abs(fit.whole[name] - again.whole[name]).max() > 0.01
+    expected = item_tables.fit_tables(sequences, users[users % dataloader.FOLDS != 1], 20, options)
+    for name, table in expected.items():  # up to a turn
+        turned = fit.shifts[name][2, 1:].numpy() + fit.whole[name]
+        np.testing.assert_allclose(turned @ turned.T, table @ table.T, atol=1e-5)
 
 
-def test_parts_that_are_empty_or_everybody_shift_nothing():
-    options = tiny.options(cross_fit=4)
+def test_folds_that_are_empty_or_everybody_shift_nothing():
     sequences, _, _ = simulate(n_users=8)
     for users in (np.array([1]), np.array([1, 5])):
-        whole = item_tables.fit(sequences, users, 20, options)
-        assert not any(shift.any() for shift in item_tables.fit_apart(sequences, users, 20, options, whole).values())
+        assert not any(shift.any() for shift in item_tables.fit(sequences, users, 20, tiny.options()).shifts.values())
 
 
-def test_training_tasks_alone_meet_shifted_tables():
-    options = tiny.options(cross_fit=2)
-    learner, tasks = Learner(40, options), tiny.training_tasks(options)
-    generator = torch.Generator().manual_seed(0)
-    shift = torch.randn(3, 40, options.num_factors, generator=generator)
-    shift[0] = 0
-    plain = learner.rows("item_factor", tasks)
-    learner.shift_items({name: torch.zeros(3, 40, 8) for name in learner.table_names()} | {"item_factor": shift})
-    assert not any(name.endswith("shift") for name in learner.state_dict())
-    found = learner.rows("item_factor", tasks)
-    for t, part in enumerate(tasks.part.tolist()):
-        assert part in (1, 2)
+def test_a_training_task_meets_the_tables_of_its_users_fold():
+    options = tiny.options()
+    learner, tasks = Learner(tiny.N_ITEMS, options).double(), tiny.training_tasks(options)
+    shifts = {
+        name: tiny.random(1 + dataloader.FOLDS, 1 + tiny.N_ITEMS, table.shape[1])
+        for name, table in learner.tables().items()
+    }
+    plain, found = maml.look_up(learner, tasks), maml.look_up(learner, tasks, shifts)
+    assert (tasks.fold > 0).all()
+    for name, t in itertools.product(plain, range(len(tasks.table))):
         for place, item in enumerate(tasks.table[t].tolist()):
-            expected = plain[t, place] + (shift[part, item - 1] if item else 0)
-            torch.testing.assert_close(found[t, place], expected)
-    seen = dataloader.last_tasks(tiny.sequences(), np.arange(6), options)
-    assert not seen.part.any()
+            expected = plain[name][t, place] + shifts[name][tasks.fold[t], item]
+            torch.testing.assert_close(found[name][t, place], expected)
 
 
-def test_the_mean_of_the_weights_shares_the_shifts():
-    options = tiny.options(cross_fit=2, model="narm")
-    system = maml.Ensemble(40, options, tiny.SCALE)
-    learner = system.members[0].learner
-    learner.shift_items({name: torch.ones(3, 40, table.shape[1]) for name, table in learner.tables().items()})
-    run = loop.new_run(system, None, options, None)
-    for name in learner.table_names():
-        mine, its = (getattr(one, f"{name}_shift") for one in (learner, run.average.members[0].learner))
-        assert mine.data_ptr() == its.data_ptr() and (mine[:, 1:] == 1).all()
+@pytest.mark.parametrize("model", ["narm", "bert4rec"])
+def test_predictions_with_shifted_tables_are_those_of_a_learner_that_has_them(model):
+    options = tiny.options(model=model, adapt="all")
+    member, tasks = tiny.system(options), tiny.training_tasks(options)
+    shifts = {
+        name: tiny.random(1, 1 + tiny.N_ITEMS, table.shape[1]).expand(1 + dataloader.FOLDS, -1, -1)
+        for name, table in member.learner.tables().items()
+    }
+    found = member(tasks, shifts=shifts)
+    with torch.no_grad():
+        for name, table in member.learner.tables().items():
+            table += shifts[name][0]
+    torch.testing.assert_close(member(tasks), found)
+
+
+def test_a_fresh_system_starts_from_the_fit():
+    sequences, _, _ = simulate(n_users=40)
+    options, users = tiny.options(members=2), np.arange(40)
+    problem = tiny.problem(sequences, users, n_items=20)
+    system, shifts = maml.build_system(problem, options)
+    for member, shift, seed in zip(system.members, shifts, (5, 6), strict=True):
+        fit = item_tables.fit(sequences, users, 20, tiny.options(model_init_seed=seed))
+        for name, table in member.learner.tables().items():
+            assert not table[0].any()
+            np.testing.assert_allclose(table[1:].detach(), fit.whole[name], rtol=1e-5, atol=1e-6)
+            assert torch.equal(shift[name], fit.shifts[name])
+    plain, none = maml.build_system(problem, tiny.options(head="plain"))
+    assert none == [None] and plain.members[0].learner.tables().keys() == {"item_embedding"}
+
+
+def test_ratings_are_counted():
+    sequences, users = tiny.sequences(), np.array([1, 4])
+    rated = np.concatenate([sequences.items[sequences.offsets[u] : sequences.offsets[u + 1]] for u in users])
+    expected = [np.count_nonzero(rated == item) for item in range(1, 41)]
+    assert item_tables.count_ratings(sequences, users, 40).tolist() == expected

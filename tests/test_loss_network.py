@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import dataloader
-import maml
 from models import loss_network
+from models.loss_network import rating_weights
+from options import LOSS_NETWORKS
 
-WEIGHTED = ("lstm", "mlp")
+every_network = pytest.mark.parametrize("kind", list(LOSS_NETWORKS))
+weighted = pytest.mark.parametrize("kind", ["lstm", "mlp"])
 
 
 def build(kind, fresh=False, **given):
@@ -26,65 +28,60 @@ def support(length=5, **given):
     return task, predictions
 
 
-def weights(network, task, predictions, step=0):
-    """Slope of each position's loss over that of the squared error."""
-    return maml.position_weights(network, step, predictions, task)
-
-
-def own_weights(network, task, predictions, step=0):
-    """Weight of each position as an LSTM or an MLP gives it, of those that do not count too."""
-    prepared = network.prepare(task)
-    return network.weights(prepared, step, predictions, task) if hasattr(network, "weights") else prepared
-
-
-@pytest.mark.parametrize("kind", ["lstm", "mlp", "metal"])
+@every_network
 def test_a_fresh_network_is_the_squared_error(kind):
     network, _ = build(kind, fresh=True)
     task, predictions = support()
     for step in range(2):
-        torch.testing.assert_close(weights(network, task, predictions, step), task.support.double())
+        found = rating_weights(network, step, predictions, task)
+        torch.testing.assert_close(found, (task.segment > 0).double())
 
 
-@pytest.mark.parametrize("kind", WEIGHTED)
-def test_normalised_weights_have_mean_one_and_are_not_negative(kind):
+@weighted
+def test_normalised_weights_have_mean_one_over_what_counts(kind):
     network, _ = build(kind, normalize_loss=True)
     task, predictions = support()
-    for step in range(2):
-        found = own_weights(network, task, predictions, step)
-        assert (found >= 0).all() and not found[~task.support].any()
-        assert found[task.support].std() > 0.01
-        torch.testing.assert_close(found.sum() / task.support.sum(), torch.tensor(1.0, dtype=torch.float64))
+    counts = (task.segment > 0) & (torch.arange(6) != 1)  # no window ends at a position that another stands for
+    for times in (counts.double(), counts * torch.arange(1.0, 7, dtype=torch.float64)):
+        task = task._replace(times=times)
+        for step in range(2):
+            slope = network(network.prepare(task), step, predictions, task)
+            found = slope / (predictions - task.ratings)
+            assert (found >= 0).all() and not found[~counts].any()
+            assert found[counts].std() > 0.01
+            torch.testing.assert_close((found * times).sum(), times.sum())
 
 
-@pytest.mark.parametrize("kind", WEIGHTED)
+def test_a_position_that_stands_for_several_windows_counts_as_often():
+    """Its weight is that of each of them, were they laid out one by one."""
+    log_weight, task = tiny.random(1, 1, 4), tiny.lay_out([[4]])
+    task = task._replace(times=torch.tensor([[[2.0, 1, 1, 0]]], dtype=torch.float64))
+    found = loss_network.normalise(log_weight, task)
+    apart = log_weight[0, 0, [0, 0, 1, 2]].softmax(0) * 4
+    torch.testing.assert_close(found[0, 0], torch.cat([apart[1:], apart[:1] * 0]))
+
+
+@weighted
 def test_without_normalisation_weights_keep_their_size(kind):
-    (free, _), (normal, _) = build(kind), build(kind, normalize_loss=True)
     task, predictions = support()
-    found, normalised = (own_weights(network, task, predictions) for network in (free, normal))
-    mean = found.sum() / task.support.sum()
+    found, normalised = (
+        rating_weights(build(kind, normalize_loss=normalize)[0], 0, predictions, task) for normalize in (False, True)
+    )
+    mean = found.sum() / task.times.sum()
     assert abs(mean - 1) > 1e-3
     torch.testing.assert_close(found / mean, normalised)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "mlp", "metal"])
+@every_network
 def test_padding_does_not_count(kind):
     network, _ = build(kind)
     task, predictions = support()
     real = task.segment > 0
     changed = task._replace(ratings=torch.where(real, task.ratings, 9.0))
-    first = weights(network, task, predictions)[real]
-    second = weights(network, changed, torch.where(real, predictions, -3.0))[real]
+    first = rating_weights(network, 0, predictions, task)
+    second = rating_weights(network, 0, torch.where(real, predictions, -3.0), changed)
     torch.testing.assert_close(first, second)
-
-
-@pytest.mark.parametrize("kind", WEIGHTED)
-def test_hidden_positions_alone_count_for_a_cloze(kind):
-    network, _ = build(kind, normalize_loss=True)
-    task, predictions = support()
-    hidden = task.support & (torch.arange(6) % 2 == 0)
-    found = own_weights(network, task._replace(support=hidden, times=hidden.long()), predictions)
-    assert not found[~hidden].any()
-    torch.testing.assert_close(found.sum(), hidden.sum().double())
+    assert not first[~real].any()
 
 
 def test_lstm_weights_do_not_depend_on_layout_or_prediction():
@@ -92,7 +89,8 @@ def test_lstm_weights_do_not_depend_on_layout_or_prediction():
     packed, alone = tiny.lay_out([[5], [3, 2], [4, 1]], width=6), tiny.lay_out([[5], [4], [3], [2], [1]], width=9)
     found = [tiny.windows(network.prepare(task), task) for task in (packed, alone)]
     torch.testing.assert_close(*found)
-    torch.testing.assert_close(weights(network, packed, packed.ratings + 1, 1), network.prepare(packed))
+    expected = network.prepare(packed) * (packed.segment > 0)
+    torch.testing.assert_close(rating_weights(network, 1, packed.ratings + 1, packed), expected)
 
 
 def rescaled(ratings_of_five, low, high, step):
@@ -106,7 +104,7 @@ def rescaled(ratings_of_five, low, high, step):
 
 
 @pytest.mark.parametrize(("low", "high", "step"), [(0, 10, 0.5), (0.5, 4.5, 0.5), (0, 10, 2.5), (-10, 10, 5)])
-@pytest.mark.parametrize("kind", ["lstm", "mlp", "metal"])
+@every_network
 def test_weights_do_not_depend_on_the_rating_scale(kind, low, high, step):
     ratings, found = np.random.RandomState(0).randint(1, 6, 7).astype(float), []
     for bounds in ((1, 5, 1), (low, high, step)):
@@ -114,33 +112,32 @@ def test_weights_do_not_depend_on_the_rating_scale(kind, low, high, step):
         options = tiny.options(loss_network=kind)
         network = tiny.jitter(loss_network.build(options, scale))
         tasks = tiny.double(dataloader.last_tasks(sequences, np.array([0]), options))
-        task = type(tasks)(*(tensor[0] for tensor in tasks))
-        found.append(weights(network, task, torch.zeros_like(task.ratings)))
+        found.append(rating_weights(network, 0, torch.zeros_like(tasks.ratings), tasks))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def test_lstm_tells_half_stars_apart():
     network, _ = build("lstm")
     task = tiny.lay_out([[1] * 8])
-    task = task._replace(ratings=torch.linspace(-2, 1, 8, dtype=torch.float64)[None])
-    found = network.prepare(task)[0]
+    task = task._replace(ratings=torch.linspace(-2, 1, 8, dtype=torch.float64)[None, None])
+    found = network.prepare(task)[0, 0]
     assert found.sort().values.diff().min() > 1e-4
 
 
-def test_meta_loss_without_gates_is_not_shifted():
+def test_meta_loss_equals_its_equations():
+    """phi' = (1 + m gamma) phi + q beta, with gamma and beta from the task's mean features (MeTAL)."""
     network, _ = build("metal")
     task, predictions = support()
-    with torch.no_grad():
-        network.gates.zero_()
-    losses = network.losses(network.prepare(task), 0, predictions, task)
-    features = loss_network.task_features(network.prepare(task), predictions, task, network.options)
-    first, bias, second, last = network.phi[0].split(network.sizes)
-    hidden = torch.tanh(features @ first.view(-1, network.hidden) + bias)
-    learned = F.softplus(hidden @ second + last) - np.log(2)
-    torch.testing.assert_close(losses, ((predictions - task.ratings).square() + learned) * task.support)
-    with torch.no_grad():
-        network.gates += 0.5
-    assert (network.losses(network.prepare(task), 0, predictions, task) - losses).abs().max() > 1e-3
+    features = loss_network.all_features(network.prepare(task), predictions, task, network.options)
+    for step in range(2):
+        gamma, beta = network.shift[step](features[task.segment > 0].mean(0)).chunk(2)
+        m, q = network.gates[step]
+        parts = zip(network.phi[step].split(network.sizes), gamma, beta, strict=True)
+        first, bias, second, last = ((1 + m * g) * phi + q * b for phi, g, b in parts)
+        hidden = torch.tanh(features @ first.view(-1, network.hidden) + bias)
+        learned = F.softplus(hidden @ second + last) - np.log(2)
+        losses = network.losses(network.prepare(task), step, predictions, task)
+        torch.testing.assert_close(losses, ((predictions - task.ratings).square() + learned) * (task.segment > 0))
 
 
 def test_meta_loss_gates_and_correction_start_at_zero():
@@ -148,7 +145,7 @@ def test_meta_loss_gates_and_correction_start_at_zero():
     assert not network.gates.any()
     task, predictions = support()
     losses = network.losses(network.prepare(task), 1, predictions, task)
-    torch.testing.assert_close(losses, (predictions - task.ratings).square() * task.support)
+    torch.testing.assert_close(losses, (predictions - task.ratings).square() * (task.segment > 0))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "metal"])
@@ -156,13 +153,13 @@ def test_steps_share_a_network_where_asked(kind):
     task, predictions = support()
     for own, same in ((True, False), (False, True)):
         network, _ = build(kind, use_step_loss=own)
-        first, second = (weights(network, task, predictions, step) for step in (0, 1))
+        first, second = (rating_weights(network, step, predictions, task) for step in (0, 1))
         assert torch.allclose(first, second) == same
 
 
 def test_user_statistics_are_those_of_the_support():
     task, _ = support()
-    counted = task.ratings[task.support].numpy()
+    counted = task.ratings[task.segment > 0].numpy()
     mean, std, count = loss_network.user_statistics(task)
     assert float(mean) == pytest.approx(counted.mean())
     assert float(std) == pytest.approx(counted.std(), rel=1e-4)
@@ -174,7 +171,7 @@ def test_features_can_be_switched_off(name):
     task, predictions = support()
     every, fewer = tiny.options(), tiny.options(**{f"task_info_{name}": False})
     features, whole = (
-        loss_network.task_features(loss_network.known_features(task, options), predictions, task, options)
+        loss_network.all_features(loss_network.known_features(task, options), predictions, task, options)
         for options in (fewer, every)
     )
     place = loss_network.FEATURES.index(name)
@@ -190,5 +187,27 @@ def test_initial_weights_hang_on_their_seed_alone():
     torch.testing.assert_close(first.state_dict(), again.state_dict(), rtol=0, atol=0)
 
 
-def test_no_network_without_adaptive_loss():
-    assert loss_network.build(tiny.options(use_adaptive_loss=False), (-2, 1)) is None
+def test_without_adaptive_loss_every_rating_counts_the_same():
+    network = loss_network.build(tiny.options(use_adaptive_loss=False), (-2, 1))
+    task, predictions = support()
+    torch.testing.assert_close(network(network.prepare(task), 0, predictions, task), predictions - task.ratings)
+    torch.testing.assert_close(rating_weights(network, 0, predictions, task), (task.segment > 0).double())
+
+
+@every_network
+def test_tasks_do_not_touch_each_other(kind):
+    network, options = build(kind)
+    tasks = tiny.training_tasks(options)
+    predictions = tiny.random(*tasks.ratings.shape)
+    together = rating_weights(network, 0, predictions, tasks)
+    for t, task in enumerate(tiny.single(tasks)):
+        torch.testing.assert_close(rating_weights(network, 0, predictions[t : t + 1], task)[0], together[t])
+
+
+def test_metal_is_half_the_derivative_of_its_loss():
+    network, _ = build("metal")
+    task, predictions = support()
+    predictions.requires_grad_()
+    prepared = network.prepare(task)
+    [slope] = torch.autograd.grad(network.losses(prepared, 1, predictions, task).sum(), predictions)
+    torch.testing.assert_close(network(prepared, 1, predictions, task), slope / 2)

@@ -1,118 +1,113 @@
-"""The row-wise optimizer equals torch's own, and moves no other row; so do its means."""
+"""The outer optimizers, their running mean, learning rates and clipping, against plain loops and torch's own."""
 
-import copy
+import math
 
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 
-from training import loop, optimizer
-
-
-def steps(kind, rows_of, sparse, shape=(6, 3), count=5, **given):
-    """A table after some steps on the squared values of the rows each step uses."""
-    table = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    chosen = kind([table], lr=0.1, **given)
-    for step in range(count):
-        chosen.zero_grad()
-        rows = torch.tensor(rows_of(step))
-        (torch.nn.functional.embedding(rows, table, sparse=sparse) - step).square().sum().backward()
-        if sparse:
-            table.grad = table.grad.coalesce()
-        chosen.step()
-    return table.detach(), chosen.state_dict()["state"]
+import main
+from training import optimizer
 
 
-def test_with_all_rows_it_is_adam():
-    given = {"weight_decay": 0.0}
-    found, state = steps(optimizer.RowAdamW, lambda step: [0, 1, 2, 3, 4, 5, 2], True, **given)
-    expected, of_torch = steps(torch.optim.AdamW, lambda step: [0, 1, 2, 3, 4, 5, 2], False, **given)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(state, of_torch)
+def trained(options, steps=4):
+    """A run after some outer steps, and what each step found: {name: (parameter before, clipped gradient)}, rates."""
+    run, found = tiny.run(options), []
+    for _ in range(steps):
+        optimizer.set_learning_rates(run.optimizers, options, run.loop["iteration"])
+        before = {name: p.detach().clone() for name, p in run.system.named_parameters() if p.requires_grad}
+        main.outer_step(run)
+        gradients = {name: p.grad for name, p in run.system.named_parameters() if p.grad is not None}
+        rates = {p: group for each in run.optimizers for group in each.param_groups for p in group["params"]}
+        groups = {name: dict(rates[p]) for name, p in run.system.named_parameters() if p in rates}
+        found.append((before, gradients, groups))
+        run.loop["iteration"] += 1
+    return run, found
 
 
-def test_with_some_rows_it_is_torchs_sparse_adam():
-    rows = [[0, 1, 1], [5], [0, 5], [2, 1], [1]].__getitem__
-    found, _ = steps(optimizer.RowAdamW, rows, True, weight_decay=0.0, eps=1e-20)
-    expected, _ = steps(torch.optim.SparseAdam, rows, True, eps=1e-20)  # which adds eps elsewhere
-    torch.testing.assert_close(found, expected)
-    start, _ = steps(optimizer.RowAdamW, rows, True, count=0)
-    assert torch.equal(found[3:5], start[3:5])
+@pytest.mark.parametrize(("head", "keep"), [("plain", 0.0), ("joint", 0.98)])
+@pytest.mark.parametrize("members", [1, 2])
+def test_steps_and_their_mean_equal_a_plain_loop(members, head, keep):
+    run, found = trained(tiny.options(model="gru4rec", members=members, head=head))
+    moments = {}
+    mean = expected = {name: value.double() for name, value in found[0][0].items()}
+    for step, (_, gradients, groups) in enumerate(found, 1):
+        for name, gradient in gradients.items():
+            group, gradient = groups[name], gradient.double()
+            first, second = moments.get(name, (0.0, 0.0))
+            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+            moments[name] = first, second
+            scale = (second / (1 - 0.999**step)).sqrt() + 1e-6
+            decayed = expected[name] * (1 - group["lr"] * group["weight_decay"])
+            expected[name] = decayed - group["lr"] * first / (1 - 0.9**step) / scale
+        rest = keep if step > 1 else 0  # the first step's weights are the first mean
+        mean = {name: torch.lerp(value, mean[name], rest) for name, value in expected.items()}
+    for system, values in ((run.system, expected), (run.average.module, mean)):
+        for name, parameter in system.named_parameters():
+            if name in values:
+                torch.testing.assert_close(parameter.detach().double(), values[name], rtol=1e-5, atol=1e-6)
 
 
-def test_dense_gradients_go_to_torch():
-    found, state = steps(optimizer.RowAdamW, lambda step: [step], False, weight_decay=0.3)
-    expected, of_torch = steps(torch.optim.AdamW, lambda step: [step], False, weight_decay=0.3)
-    torch.testing.assert_close((found, state), (expected, of_torch), rtol=0, atol=0)
+def test_learning_rates_rise_and_fall_as_a_cosine():
+    options = tiny.options(num_train_iterations=200, outer_lr=3e-3, min_outer_lr=1e-3, item_lr=2e-4)
+    run = tiny.run(options)
+    for iteration in (0, 10, 49, 50, 120, 200, 300):
+        optimizer.set_learning_rates(run.optimizers, options, iteration)
+        done = min(iteration / 200, 1)
+        factor = min((iteration + 1) / 50, 1) * (1 / 3 + 2 / 3 * (1 + math.cos(math.pi * done)) / 2)
+        for group in run.optimizers[0].param_groups:
+            assert group["lr"] == pytest.approx(factor * group["initial_lr"])
+    rates = {group["name"]: group["initial_lr"] for group in run.optimizers[0].param_groups}
+    assert rates["encoder"] == 3e-3 and rates["items"] == 2e-4
 
 
-@pytest.mark.parametrize("limit", [0.5, 1e6])
-def test_parameters_laid_end_to_end_move_as_if_each_were_alone(limit):
-    def trained(laid):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
-        parameters = list(model.parameters())
-        parameters = [optimizer.lay_end_to_end(parameters)] if laid else parameters
-        chosen = (optimizer.RowAdamW if laid else torch.optim.AdamW)(parameters, lr=0.1, weight_decay=0.3)
-        for _ in range(5):
-            optimizer.clear(parameters)
-            model(torch.randn(6, 3).double()).square().sum().backward()
-            norm = (optimizer.clip if laid else torch.nn.utils.clip_grad_norm_)(parameters, limit)
-            chosen.step()
-        return norm, model.state_dict()
-
-    torch.testing.assert_close(trained(True), trained(False))
-
-
-@pytest.mark.parametrize("limit", [0.5, 1e6])
-def test_clipping_equals_torchs(limit):
-    tables = [torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64)) for _ in range(2)]
-    found = []
-    for sparse in (True, False):
-        for table in tables:
-            table.grad = None
-        rows = torch.tensor([0, 2, 2])
-        sum(torch.nn.functional.embedding(rows, table, sparse=sparse).square().sum() for table in tables).backward()
-        clip = optimizer.clip if sparse else torch.nn.utils.clip_grad_norm_
-        norm = clip(tables, limit)
-        found.append([norm, *(table.grad.to_dense() for table in tables)])
-    torch.testing.assert_close(*found)
-
-
+@pytest.mark.parametrize("loss", ["lstm", "mlp", "metal"])
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("keep", [0.0, 0.9])
-def test_means_are_those_of_a_step_at_a_time(sparse, keep):
-    """Of rows, too, that most steps do not use, whenever they are asked for or loaded into another optimizer."""
-    options = tiny.options(model="gru4rec", init_items="random", average=keep, sparse_items=sparse, warmup=1)
-    run = loop.new_run(tiny.ensemble(options), None, options, None)
-    expected = {}
-    for step in range(9):
-        loop.train_step(run.system, run.optimizer, tiny.training_batch(options, step), options, step)
-        for name, value in run.system.state_dict().items():
-            expected[name] = torch.lerp(expected[name], value, 1 - keep) if step else value.clone()
-        if step == 4:
-            run.optimizer.catch_up()
-        if step > 5:
-            torch.testing.assert_close(loop.average_state(run), expected, rtol=1e-5, atol=1e-7)
-    assert sparse == any(not mean.equal(run.optimizer.mean_of(p)) for p, mean in run.optimizer.means.items())
-    other = loop.new_run(tiny.ensemble(options), None, options, None)
-    other.system.load_state_dict(run.system.state_dict())
-    other.average.load_state_dict(loop.average_state(run))
-    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
-    for each in (run, other):
-        loop.train_step(each.system, each.optimizer, tiny.training_batch(options, 10), options, 10)
-        each.optimizer.catch_up()
-    for name, value in run.average.state_dict().items():
-        assert torch.equal(value, other.average.state_dict()[name])
+def test_every_parameter_is_in_one_group_of_its_kind(loss, sparse):
+    options = tiny.options(loss_network=loss, members=2, sparse_items=sparse, lstm_lr=0.5, loss_lr=0.25)
+    run = tiny.run(options)
+    groups = [group for each in run.optimizers for group in each.param_groups]
+    parameters = [p for group in groups for p in group["params"]]
+    assert sorted(map(id, parameters)) == sorted(map(id, run.parameters))
+    tables = {id(table) for member in run.system.members for table in member.learner.tables().values()}
+    assert tables == {id(p) for group in groups if group["name"] == "items" for p in group["params"]}
+    assert {group["initial_lr"] for group in groups if group["name"] == "loss"} == {0.5 if loss == "lstm" else 0.25}
+    assert all((group["weight_decay"] > 0) == (group["name"] == "encoder") for group in groups)
 
 
 @pytest.mark.parametrize("chunk", [0, 2])
-def test_sparse_tables_take_the_same_first_step(chunk):
+def test_sparse_tables_have_the_same_gradients_and_rows_not_in_use_do_not_move(chunk):
+    found = [
+        trained(tiny.options(model="gru4rec", adapt="all", sparse_items=sparse, task_chunk=chunk), 1)
+        for sparse in (True, False)
+    ]
+    (run, [(before, gradients, _)]), (_, [(_, dense, _)]) = found
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient.to_dense(), dense[name], rtol=1e-5, atol=1e-7)
+    assert {name.split(".")[-1] for name, gradient in gradients.items() if gradient.is_sparse} == {
+        "item_embedding", "item_effect", "item_factor",
+    }  # fmt: skip
+    for _ in range(2):  # moments of earlier steps must not move rows either
+        before = {name: p.detach().clone() for name, p in run.system.named_parameters()}
+        main.outer_step(run)
+        run.loop["iteration"] += 1
+    for name, parameter in run.system.named_parameters():
+        if name in gradients and gradients[name].is_sparse:
+            used = parameter.grad.to_dense().any(1)
+            moved = (parameter != before[name]).any(1)
+            assert used.any() and not used.all() and torch.equal(moved, used)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_clipping_equals_torchs(sparse, limit):
     found = []
-    for sparse in (True, False):
-        options = tiny.options(model="gru4rec", adapt="all", init_items="random", sparse_items=sparse, task_chunk=chunk)
-        system, batch = tiny.ensemble(options), tiny.training_batch(options)
-        chosen = optimizer.RowAdamW(loop.parameter_groups(system, options))
-        figures = loop.train_step(system, chosen, batch, options, 0)
-        found.append((figures, system.state_dict()))
+    for rows_alone, clip in ((sparse, optimizer.clip_gradient), (False, torch.nn.utils.clip_grad_norm_)):
+        tables = [torch.nn.Parameter(tiny.random(4, 3, seed=seed)) for seed in range(3)]
+        places = torch.tensor([0, 2, 2])
+        sum(F.embedding(places, table, sparse=rows_alone).square().sum() for table in tables[:2]).backward()
+        norm = clip(tables, limit)
+        found.append([norm, *(table.grad.to_dense() for table in tables[:2])])
+        assert tables[2].grad is None
     torch.testing.assert_close(*found)

@@ -1,12 +1,15 @@
-"""Small inputs for the tests of the numerical core: options, sequences, tasks and systems in double precision."""
+"""Small inputs for the tests of the numerical core: options, sequences, tasks and systems, in double precision."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import dataloader
 import maml
 import options as option_module
-from training import loop
+from training import run as runs
 
 SIZES = {
     "bert_hidden_units": 8,
@@ -20,10 +23,10 @@ SIZES = {
     "num_samples": 5,
     "num_query_set": 2,
     "num_inner_steps": 2,
-    "num_masks": 2,
 }
-LEARNERS = ("bert4rec", "sasrec", "narm", "gru4rec")
+LEARNERS = tuple(option_module.LEARNERS)
 SCALE = (3.6, 1.1, 1.0, 5.0)
+N_ITEMS = 40
 
 
 def options(**given):
@@ -31,40 +34,32 @@ def options(**given):
     return option_module.parse("", [f"--{name}={value}" for name, value in {**SIZES, **given}.items()])
 
 
-def sequences(lengths=(9, 2, 12, 5, 3, 30), n_items=40, seed=0):
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def sequences(lengths=(9, 2, 12, 5, 3, 30), seed=0):
     """Users with that many ratings each; nobody rates an item twice."""
     rng = np.random.RandomState(seed)
-    items = np.concatenate([rng.permutation(n_items)[:length] + 1 for length in lengths])
+    items = np.concatenate([rng.permutation(N_ITEMS)[:length] + 1 for length in lengths])
     ratings = (rng.randint(1, 6, len(items)) - SCALE[0]) / SCALE[1]
     return dataloader.Sequences(np.cumsum([0, *lengths]), items, ratings.astype(np.float32))
 
 
-def sample_tasks(data, users, options, *stream):
-    """The tasks of `training.draw_batch` for all processes, in their order."""
-    return dataloader.build_tasks(data, dataloader.sample_stretches(data, users, options, *stream), options)
-
-
 def double(tasks):
-    """The same tasks with ratings in double precision."""
-    return tasks._replace(ratings=tasks.ratings.double(), query_ratings=tasks.query_ratings.double())
-
-
-def training_batch(options, stream=0, **given):
-    """The same tasks as `training.train_step` takes them."""
-    data = sequences(**given)
-    return double_batch(loop.draw_batch(data, np.arange(len(data.offsets) - 1), options, stream))
-
-
-def double_batch(batch):
-    """The same batch with ratings in double precision."""
-    return batch._replace(groups=[double(tasks) for tasks in batch.groups])
+    """The same tasks in double precision."""
+    return type(tasks)(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in tasks))
 
 
 def training_tasks(options, stream=0, **given):
-    """A batch of random tasks of `sequences(**given)`, in double precision."""
+    """A meta-batch of random tasks of `sequences(**given)`."""
     data = sequences(**given)
-    users = np.arange(len(data.offsets) - 1)
-    return double(sample_tasks(data, users, options, stream))
+    return double(dataloader.sample_tasks(data, np.arange(len(data.offsets) - 1), options, stream))
+
+
+def single(tasks):
+    """The tasks of a meta-batch one by one, each a meta-batch of one."""
+    return [tasks.take(slice(t, t + 1)) for t in range(len(tasks.table))]
 
 
 def jitter(module, seed=0, std=0.3):
@@ -77,18 +72,30 @@ def jitter(module, seed=0, std=0.3):
     return module
 
 
-def system(options, n_items=40, seed=0):
+def system(options):
     """A meta-learner away from its initialisation."""
-    return ensemble(options, n_items, seed).members[0]
+    return jitter(maml.MetaLearner(N_ITEMS, options, SCALE))
 
 
-def ensemble(options, n_items=40, seed=0):
-    """`options.members` of them."""
-    return jitter(maml.Ensemble(n_items, options, SCALE), seed)
+def rows(learner, tasks):
+    """Each task's rows of the item tables."""
+    return {name: F.embedding(tasks.table, table) for name, table in learner.tables().items()}
+
+
+def problem(sequences, users, n_items=N_ITEMS):
+    """Sequences as a `Problem` whose `users` train, validate and test."""
+    ratings = SimpleNamespace(fingerprint="", item_ids=np.arange(n_items), low=SCALE[2], high=SCALE[3])
+    return dataloader.Problem(ratings, sequences, users, users, users, *SCALE[:2])
+
+
+def run(options, dtype=torch.float32, device="cpu"):
+    """A training run of a fresh `Ensemble` on `sequences()`."""
+    ensemble = maml.Ensemble(N_ITEMS, options, SCALE).to(device, dtype)
+    return runs.new_run(ensemble, [None] * options.members, problem(sequences(), np.arange(6)), options, None)
 
 
 def lay_out(rows, width=None, query_items=(1,), seed=0):
-    """One task (no batch dimension) whose row r packs windows of lengths rows[r]; the ratings are random.
+    """One task, T = 1, whose row r packs windows of lengths rows[r]; the ratings are random.
 
     The items of a window are drawn from 1..9 by its length and place among the windows of that length, so that the
     same windows laid out in other ways hold the same items and ratings.
@@ -107,29 +114,25 @@ def lay_out(rows, width=None, query_items=(1,), seed=0):
             arrays["segment"][at] = number + 1
             arrays["position"][at] = np.arange(length, 0, -1)
             column += length
-    whole = {name: torch.from_numpy(value).long() for name, value in arrays.items() if name != "ratings"}
-    real = whole["segment"] > 0
-    query = torch.tensor(query_items)
+    whole = {name: torch.from_numpy(value)[None] for name, value in arrays.items()}
+    query = torch.tensor([query_items])
     return dataloader.Tasks(
-        table=torch.arange(10),
-        ratings=torch.from_numpy(arrays["ratings"]),
-        known=real,
-        support=real,
-        times=real.long(),
+        table=torch.arange(10)[None],
+        ratings=whole.pop("ratings"),
+        times=(whole["segment"] > 0).double(),
+        n_support=torch.tensor([rows[0][0] if rows[0] else 0]),
         query_items=query,
-        query_ratings=torch.zeros(len(query), dtype=torch.float64),
-        query=torch.ones(len(query), dtype=torch.bool),
-        query_weight=torch.ones(len(query)),
-        part=torch.tensor(0),
-        query_last=torch.tensor(rows[0][0] - 1 if rows[0] else -1),
-        task=torch.tensor(0),
-        **whole,
+        query_ratings=torch.zeros(query.shape, dtype=torch.float64),
+        query=torch.ones(query.shape, dtype=torch.bool),
+        query_weight=torch.ones(query.shape, dtype=torch.float64),
+        fold=torch.tensor([0]),
+        **{name: value.long() for name, value in whole.items()},
     )
 
 
 def windows(values, tasks):
-    """The parts of `values` (R, S, ...) that belong to each window, in order of length and place."""
+    """The parts of `values` (1, R, S, ...) that belong to each window, in order of length and place."""
     found = []
-    for row, segment in zip(values, tasks.segment, strict=True):
+    for row, segment in zip(values[0], tasks.segment[0], strict=True):
         found += [row[segment == number] for number in range(1, int(segment.max()) + 1)]
     return sorted(found, key=len)

@@ -1,162 +1,150 @@
-"""TensorBoard events: scalars and histograms of a run, how its charts are laid out, its row in the HPARAMS tab."""
+"""What TensorBoard shows of a run: scalars, histograms, charts, its options and figures, its items in the projector."""
 
-import io
-import os
+import contextlib
 import re
-import socket
+import threading
 import time
 
 import numpy as np
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, HistogramProto, Summary, SummaryMetadata
-from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
-from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard import summary
+from torch.utils.tensorboard import SummaryWriter, summary
 
 import utils
+from models import checkpoint
+from ratings import table, titles
+from utils import UserError
 
-# What each scalar is, for the reader of its chart.
-SCALARS = {
-    "train/rmse": "training users' queries after adapting, mean since the last validation; supports are cut at random",
-    "train/rmse_unadapted": "the same before the first inner step",
-    "train/mae": "mean absolute error of the same",
-    "train/gradient_norm": "norm of the meta-gradient before clipping, mean since the last validation",
-    "train/skipped_iterations": "iterations left out because loss or gradient was not finite",
-    "validation/rmse": "validation users' last ratings after adapting to the ratings before; chooses the checkpoint",
-    "validation/rmse_unadapted": "the same before the first inner step; it may rise, since it is not trained",
-    "validation/best_rmse": "the lowest validation/rmse so far",
-    "validation/mae": "mean absolute error on the same targets",
-    "validation/macro_rmse": "mean over rating values of their RMSE: rare ratings count as much as frequent ones",
-    "simple/damped_means": "RMSE of item and user effects on the validation targets: the least to be beaten",
-    "simple/matrix_factorisation": "RMSE of a matrix factorisation on the validation targets",
-    "charts/iterations_per_second": "mean since the start; validations and checkpoints take part of that time",
-    "charts/learning_rate": "outer learning rate of the encoder; the others keep their ratio to it",
-    "test/rmse": "main.py --test: the last rating of each test user",
-    "test/mae": "mean absolute error of the same",
-    "test/macro_rmse": "mean over rating values of their RMSE",
+RMSE, ADAPTING = "RMSE: training, validation, simple predictors", "Validation RMSE before and after adapting"
+WEIGHTS = "Weight of each rating value in the loss"
+CHARTS = {
+    RMSE: ["train/rmse", "validation/rmse", "simple/.*"],
+    ADAPTING: ["validation/rmse_unadapted", "validation/rmse"],
+    "MAE: training, validation": ["train/mae", "validation/mae"],
+    "Norm of the meta-gradient": ["train/gradient_norm"],
+    WEIGHTS: ["loss_weight/rating_.*"],
 }
-TEST_FILE = "events.out.tfevents.0000000000.test-"  # sorts first: readers may not come back to earlier files
-ADAPTING, WEIGHTS = "Validation RMSE before and after adapting", "Weight of each rating value in the loss"
-LAYOUT = {
-    "Is training healthy?": {
-        "RMSE: training, validation, simple predictors": ["train/rmse", "validation/rmse", "simple/.*"],
-        ADAPTING: ["validation/rmse_unadapted", "validation/rmse"],
-        "MAE: training, validation": ["train/mae", "validation/mae"],
-        "Norm of the meta-gradient": ["train/gradient_norm"],
-    },
-    "What was learned": {WEIGHTS: ["loss_weight/rating_.*"]},
-}
-FINAL = {  # of the HPARAMS tab
-    "validation/best_rmse": "validation RMSE",
-    "test/rmse": "test RMSE",
-    "test/mae": "test MAE",
-    "test/macro_rmse": "test macro-RMSE",
-}
+FINAL = ("validation/best_rmse", "test/rmse", "test/mae", "test/macro_rmse")  # figures of the HPARAMS tab
+MOST_ITEMS = 10_000  # in the projector, the most rated ones; a browser moves no more
+TITLES = ("movies.dat", "movies.csv", "u.item")  # beside the ratings, as MovieLens comes
 
 
-class EventLog:
-    """TensorBoard events in a new file of a folder, written by `flush`.
-
-    Not torch's SummaryWriter, which writes from a thread: there, a full disk is noticed late, and a checkpoint
-    may be on the disk before the points that it counts on.
-    """
-
-    def __init__(self, folder, purge_step=None, name=None):
-        """With `purge_step`, readers drop what the files before it hold from that step on. The name says the order."""
-        stamps = re.findall(r"tfevents\.(\d{10})\.", " ".join(path.name for path in folder.glob("events.*")))
-        stamp = max([int(time.time()), *(int(earlier) + 1 for earlier in stamps)])  # files are read in order of names
-        self.path = folder / (name or f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}")
-        self.simple = {}  # RMSE of simple predictors on the validation users
-        self.pending = io.BytesIO()
-        self.add(file_version="brain.Event:2")
-        if purge_step is not None:
-            self.add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-        self.flush()
-
-    def add(self, **fields):
-        RecordWriter(self.pending).write(Event(wall_time=time.time(), **fields).SerializeToString())
-
-    def add_scalar(self, tag, value, step):
-        about = SummaryMetadata(summary_description=SCALARS.get(tag, ""), data_class=DATA_CLASS_SCALAR)
-        about.plugin_data.plugin_name = "scalars"
-        self.add(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value, metadata=about)]))
-
-    def add_histogram(self, tag, values, step):
-        """Add a histogram of the finite `values`, an array of any shape; nothing where there are none."""
-        values = np.asarray(values, np.float64).ravel()
-        values = values[np.isfinite(values)]
-        if len(values):
-            self.add(step=step, summary=Summary(value=[Summary.Value(tag=tag, histo=histogram(values))]))
-
-    def flush(self):
-        """Have all events on the disk; UserError where they cannot be written."""
-        try:
-            with open(self.path, "ab") as file:
-                file.write(self.pending.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise utils.cannot_write(self.path, error) from error
-        self.pending = io.BytesIO()
+# -----------------------------------------------------------------------------
+# events
 
 
-def histogram(values, n_bins=30):
-    """TensorBoard's form of a histogram of `values` (n,), with equal bins; values all alike get a narrow one."""
-    low, high = values.min(), values.max()
-    if high - low < 0.01 * abs(high):
-        low, high = low - 0.005 * abs(high), high + 0.005 * abs(high)
-    counts, edges = np.histogram(values, n_bins, (low, high if high > low else low + 1))
-    return HistogramProto(
-        min=values.min(), max=values.max(), num=len(values), sum=values.sum(), sum_squares=values @ values,
-        bucket_limit=edges.tolist(), bucket=[0, *counts.tolist()],
-    )  # fmt: skip
+def open_writer(folder, purge_step=None):
+    """A `SummaryWriter` of a new file; readers drop what the files before it hold from `purge_step` on."""
+    stamps = [int(stamp) for stamp in re.findall(r"tfevents\.(\d{10})\.", " ".join(map(str, folder.glob("events.*"))))]
+    while stamps and 0 <= max(stamps) - int(time.time()) < 10:  # files are read in order of names
+        time.sleep(0.02)
+    threading.excepthook = leave_to_flush
+    with writing_events(folder):
+        return SummaryWriter(folder, purge_step=purge_step)
 
 
-def add_layout(log, left_out=()):
+@contextlib.contextmanager
+def writing_events(folder):
+    """UserError where events cannot be written, which the writer's thread keeps for the next call."""
+    try:
+        yield
+    except OSError as error:
+        raise utils.cannot_write(folder / "events.out.tfevents.*", error) from error
+
+
+def leave_to_flush(failure):
+    """Print nothing of a thread that could not write: the next call of the writer raises its error again."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+
+
+def add_histogram(writer, tag, values, step):
+    """Add a histogram of the finite `values`, an array of any shape; nothing where there are none."""
+    values = values[np.isfinite(values)]
+    if len(values):
+        writer.add_histogram(tag, values, step)
+
+
+def add_charts(writer, left_out=()):
     """Lay out the custom scalars, without the charts whose titles are `left_out`."""
-    layout = {}
-    for category, charts in LAYOUT.items():
-        shown = {title: tags for title, tags in charts.items() if title not in left_out}
-        layout[category] = {title: ["Multiline", [f"{tag}$" for tag in tags]] for title, tags in shown.items()}
-    log.add(summary=summary.custom_scalars({category: charts for category, charts in layout.items() if charts}))
+    charts = {t: ["Multiline", [f"{tag}$" for tag in tags]] for t, tags in CHARTS.items() if t not in left_out}
+    learned = {title: charts.pop(title) for title in (WEIGHTS,) if title in charts}
+    layout = {"Is training healthy?": charts, "What was learned": learned}
+    writer.add_custom_scalars({name: part for name, part in layout.items() if part})
 
 
-def add_table(log, tag, rows):
-    """Add a table of names and values to the TEXT tab."""
-    lines = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    log.add(summary=summary.text(tag, f"| {tag} | |\n|---|---|\n{lines}"))
+def add_options(writer, options):
+    """Add a dictionary of options as a table in the TEXT tab."""
+    lines = "\n".join(f"| {name} | {value} |" for name, value in sorted(options.items()))
+    writer.add_text("options", f"| option | value |\n|---|---|\n{lines}")
 
 
-def add_session(log, name, options, first):
-    """Begin the run's row in the HPARAMS tab, with these options (a dict); the columns named in `first` come first."""
-    plain = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in sorted(options.items())}
-    config = api_pb2.Experiment(
-        hparam_infos=[api_pb2.HParamInfo(name=option, differs=option in first) for option in plain],
-        metric_infos=[
-            api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=shown) for tag, shown in FINAL.items()
-        ],
-    )
-    add_hparams(log, metadata.EXPERIMENT_TAG, experiment=config)
-    log.add(summary=summary_v2.hparams_pb(plain, trial_id=name))
+def add_session(writer, options):
+    """Add the run's row of the HPARAMS tab; its figures are those of its scalars.
 
-
-def end_session(log):
-    """Mark the run's row in the HPARAMS tab as finished."""
-    end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
-    add_hparams(log, metadata.SESSION_END_INFO_TAG, session_end_info=end)
-
-
-def add_hparams(log, tag, **content):
-    """Add what the HPARAMS tab is told, which stands in the metadata of an empty tensor."""
-    about = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(**content))
-    log.add(summary=Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)]))
+    Not `writer.add_hparams`, which writes to a folder of its own that looks like another run.
+    """
+    plain = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in sorted(options.items())}
+    for part in summary.hparams(plain, dict.fromkeys(FINAL, 0)):
+        writer.file_writer.add_summary(part)
 
 
 def log_test(folder, figures, step):
-    """Log the test figures of the checkpoint of `step`, in place of those of an earlier test."""
-    for path in folder.glob(f"{TEST_FILE}*"):
-        path.unlink(missing_ok=True)
-    log = EventLog(folder, name=f"{TEST_FILE}{time.time_ns()}")
-    for name in ("rmse", "mae", "macro_rmse"):
-        log.add_scalar(f"test/{name}", figures[name], step)
-    log.flush()
+    """Log the test figures of the checkpoint of `step`, in place of those of an earlier test.
+
+    The file gets a name that sorts first: readers would not come back to the file of a run that goes on.
+    """
+    with writing_events(folder):
+        for path in folder.glob("events.*.test"):
+            path.unlink()
+        with SummaryWriter(folder, filename_suffix=".test") as writer:
+            for name in ("rmse", "mae", "macro_rmse"):
+                writer.add_scalar(f"test/{name}", figures[name], step)
+        for path in folder.glob("events.*.test"):
+            path.rename(folder / f"events.out.tfevents.0000000000.{time.time_ns()}.test")
+
+
+# -----------------------------------------------------------------------------
+# the projector
+
+
+def write_projector(folder, ratings, options):
+    """Write the items of a run's best checkpoint to <folder>/projector: factors or embeddings, ids, titles, figures.
+
+    The configuration beside it, without which nothing is shown, is written last.
+    """
+    tensors = checkpoint.load_checkpoint(checkpoint.checkpoint_path(folder))["system"]
+    tables = {name: tensors.get(f"members.0.learner.{name}") for name in ("item_factor", "item_embedding")}
+    name, vectors = next((n, t) for n, t in tables.items() if t is not None and t.shape[1] > 1)  # two dimensions
+    count = np.bincount(ratings.items, minlength=len(ratings.item_ids))
+    shown = np.sort(np.argsort(-count, kind="stable")[:MOST_ITEMS])
+    files = {
+        f"projector/{name}.tsv": as_lines([f"{x:.4g}" for x in row] for row in vectors[1 + shown].tolist()),
+        "projector/items.tsv": as_lines(describe(ratings, count, shown, read_titles(options))),
+    }
+    paths = 'tensor_path: "{}" metadata_path: "{}"'.format(*files)
+    files["projector_config.pbtxt"] = f'embeddings {{ tensor_name: "{name.replace("_", " ")}s" {paths} }}\n'
+    utils.make_folder(folder / "projector")
+    for path, text in files.items():
+        utils.write_atomic(folder / path, text.encode())
+
+
+def describe(ratings, count, shown, titles):
+    """Rows that say what the items `shown` (places in `item_ids`) are, the names of the columns first."""
+    mean = np.bincount(ratings.items, ratings.values, len(count)) / np.maximum(count, 1)
+    ids = ratings.item_ids[shown].tolist()
+    columns = {"title": [titles.get(str(item), str(item)) for item in ids]} if titles else {}
+    columns |= {"item": ids, "ratings": count[shown].tolist(), "mean rating": mean[shown].round(2).tolist()}
+    return [columns, *zip(*columns.values(), strict=True)]
+
+
+def read_titles(options):
+    """{item id as text: title} of a titles file beside the ratings; empty where there is none that can be read."""
+    folder = table.data_place(options)[0].parent
+    for path in (folder / name for name in TITLES):
+        with contextlib.suppress(UserError):
+            return titles.read_titles(path).by_item
+    return {}
+
+
+def as_lines(rows):
+    """Rows of values as tab-separated lines."""
+    return "".join("\t".join(" ".join(str(value).split()) for value in row) + "\n" for row in rows)

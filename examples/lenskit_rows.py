@@ -1,0 +1,55 @@
+"""LensKit's bias model and matrix factorisation as rows of the tables: how another program is compared with ours.
+
+    python compare.py --export_targets targets --mode=ml-1m --folds 0
+    python examples/lenskit_rows.py targets
+    python compare.py --output results/ml-1m --report_only --external "LensKit bias=targets/bias.csv" \\
+        "LensKit ALS=targets/als.csv"
+
+It reads nothing but the exported CSV files. For each fold it trains on training.csv and predicts every row of
+targets.csv from the rows of support.csv with the same task and user.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+from lenskit import als, basic, data, training
+
+
+def predict(scorer, support, targets):
+    """A trained scorer's predictions of all targets, a column beside them."""
+    known, parts = dict(list(support.groupby(["task", "user"]))), []
+    for key, rows in targets.groupby(["task", "user"]):
+        mine = known.get(key, support.head(0))
+        history = data.ItemList(item_ids=mine.item.to_numpy(), rating=mine.rating.to_numpy())
+        found = scorer(data.RecQuery(history_items=history), data.ItemList(item_ids=rows.item.to_numpy()))
+        parts.append(rows.assign(prediction=found.scores()))
+    return pd.concat(parts).sort_index()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="what compare.py --export_targets wrote")
+    parser.add_argument("--item_damping", type=float, default=10)
+    parser.add_argument("--user_damping", type=float, default=5)
+    args = parser.parse_args(argv)
+    damping, parts = {"item": args.item_damping, "user": args.user_damping}, {"bias": [], "als": []}
+    for fold in sorted(args.folder.glob("fold*-seed*")):
+        rated, support, targets = (pd.read_csv(fold / f"{name}.csv") for name in ("training", "support", "targets"))
+        number, seed = fold.name.removeprefix("fold").split("-seed")
+        targets = targets.drop(columns="rating").assign(fold=number, seed=seed)
+        table = data.from_interactions_df(rated.rename(columns={"user": "user_id", "item": "item_id"}))
+        bias = basic.BiasScorer(damping=damping)
+        factors = als.BiasedMFScorer(embedding_size=20, regularization=0.1, damping=damping)
+        for scorer in (bias, factors):
+            scorer.train(table, training.TrainingOptions(rng=0))
+        parts["bias"].append(predict(bias, support, targets))
+        found = predict(factors, support, targets)  # nan where an item has no training rating
+        parts["als"].append(found.fillna({"prediction": parts["bias"][-1].prediction}))
+    for name, frames in parts.items():
+        pd.concat(frames).to_csv(args.folder / f"{name}.csv", index=False)
+        print(args.folder / f"{name}.csv")
+
+
+if __name__ == "__main__":
+    main()
