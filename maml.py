@@ -296,12 +296,15 @@ def build_system(problem, options):
 
 def restore_system(n_items, options, state, source):
     """The `Ensemble` of a state dictionary; UserError where it is not of this model and these sizes."""
+    scale = state.get("members.0.scale")
+    if not isinstance(scale, torch.Tensor) or scale.shape != (4,) or not (scale[1] > 0 and scale[2] < scale[3]):
+        raise misfit(source)
     if any(getattr(options, name) > 8 * utils.USUAL[name] for name in utils.OF_MODEL):  # else it is built in no time
         one = argparse.Namespace(**{**vars(options), "members": 1})
         with torch.device("meta"):  # tells sizes without taking memory, but takes seconds to import
             of_one = Ensemble(n_items, one, (0, 1, 0, 1)).state_dict()
         check_parameters({name: state.get(name) for name in of_one}, of_one, source)
-    system = Ensemble(n_items, options, (0, 1, 0, 1))
+    system = Ensemble(n_items, options, scale.tolist())
     load_parameters(system, state, source)
     return system
 
@@ -313,18 +316,18 @@ def load_parameters(system, state, source):
 
 
 def check_parameters(state, expected, source):
-    """UserError where a state dictionary has other names, shapes or types than expected, or makes no sense."""
+    """UserError where a state dictionary has other names, shapes or types than expected, or is not finite."""
+    if state.keys() != expected.keys() or not all(is_like(state[name], expected[name]) for name in expected):
+        raise misfit(source)
 
-    def is_like(tensor, other):
-        alike = isinstance(tensor, torch.Tensor) and (tensor.shape, tensor.dtype) == (other.shape, other.dtype)
-        return alike and bool(tensor.isfinite().all())
 
-    fits = state.keys() == expected.keys() and all(is_like(state[name], other) for name, other in expected.items())
-    if fits:
-        _, std, low, high = state["members.0.scale"].tolist()
-        fits = std > 0 and low < high
-    if not fits:
-        raise UserError(f"{source} does not fit its own options (other names, sizes or values): use another file")
+def is_like(tensor, other):
+    alike = isinstance(tensor, torch.Tensor) and (tensor.shape, tensor.dtype) == (other.shape, other.dtype)
+    return alike and bool(tensor.isfinite().all())
+
+
+def misfit(source):
+    return UserError(f"{source} does not fit its own options (other names, sizes or values): use another file")
 
 
 # -----------------------------------------------------------------------------
