@@ -16,7 +16,7 @@ import platform
 import torch
 
 import options as option_module
-from benchmarks.measure import set_up, settings
+from benchmarks.measure import settings
 from benchmarks.sections import SECTIONS
 from utils import choose_device, run_script
 
@@ -44,7 +44,7 @@ def parse(argv=None):
 
 def main(argv=None):
     bench = parse(argv)
-    set_up(bench)
+    torch.set_num_threads(bench.threads)
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.processor() or platform.machine()
     print(f"{device}, {bench.threads} threads, torch {torch.__version__}, medians of {bench.reps}")
     for section in bench.only:

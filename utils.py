@@ -1,7 +1,6 @@
 """Small things that every script shares: errors, output, seeds, devices, files."""
 
 import contextlib
-import ctypes
 import errno
 import io
 import json
@@ -34,7 +33,6 @@ def run_script(main, needs_output=True):
     2. Ctrl-C gives status 130. Nothing fails where standard output goes away; a script that `needs_output` for its
     result then ends with status 2, unless the reader had enough (`| head`).
     """
-    keep_memory()
     output = keep_streams()
     status = exit_status(main)
     sys.stdout.flush()
@@ -111,12 +109,8 @@ def is_closed(stream):
     return stream is None or getattr(stream, "was_closed", False)
 
 
-def keep_memory():
-    """Let glibc keep what is freed: giving pages back and asking for them again is 6 % of a meta-iteration."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most that it takes
+# -----------------------------------------------------------------------------
+# text
 
 
 def say(text):
@@ -146,6 +140,10 @@ def escape(found):
     return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
 
 
+# -----------------------------------------------------------------------------
+# seeds and devices
+
+
 def random_stream(seed, *stream):
     """A separate NumPy generator for each (seed, stream...). Nothing reads global random state."""
     return np.random.default_rng([seed, *stream])
@@ -168,6 +166,10 @@ def choose_device(name, deterministic=False):
         remedy = "give torchrun a lower --nproc_per_node, or train with --device=cpu"
         raise UserError(f"process {number + 1} of this machine finds {torch.cuda.device_count()} GPUs: {remedy}")
     return torch.device("cuda", number)
+
+
+# -----------------------------------------------------------------------------
+# files
 
 
 def write_atomic(path, data):
@@ -279,6 +281,10 @@ def read_regular(path, what):
     except (OSError, ValueError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}: give a path that can be read") from error
+
+
+# -----------------------------------------------------------------------------
+# a lack of memory
 
 
 # Sizes that take memory, with a usual value of each.

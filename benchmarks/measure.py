@@ -20,7 +20,7 @@ import maml
 import options as option_module
 from training import distributed
 from training import run as runs
-from utils import keep_memory, random_stream
+from utils import random_stream
 
 FORMS = {"paper": ["--paper_form=True"], "default": []}
 SCALE = (3.58, 1.12, 1.0, 5.0)  # mean, deviation, lowest and highest of the synthetic ratings
@@ -122,12 +122,6 @@ def memory_of_steps(bench, options, n_items):
     return peak_memory(bench) - before
 
 
-def set_up(bench):
-    """Threads of this process, and its memory as the scripts have it."""
-    keep_memory()
-    torch.set_num_threads(bench.threads)
-
-
 def together(count, function, bench, *arguments):
     """What a function gives in each of `count` fresh processes, which are ranks where there are several."""
     with socket.socket() as found:
@@ -139,7 +133,7 @@ def together(count, function, bench, *arguments):
 
 
 def be_rank(rank, count, port, function, bench, *arguments):
-    set_up(bench)
+    torch.set_num_threads(bench.threads)
     if count == 1:
         return function(bench, *arguments)
     os.environ.update(RANK=f"{rank}", WORLD_SIZE=f"{count}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")

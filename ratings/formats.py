@@ -19,15 +19,8 @@ NAMES = {
         *("artistid", "filmid", "recipeid", "jokeid", "gmapid", "movie", "film", "book", "product"),
     ),
     "rating": (
-        "rating",
-        "overall",
-        "stars",
-        "bookrating",
-        "userrating",
-        "ratingval",
-        "score",
-        "reviewscore",
-        "myscore",
+        *("rating", "overall", "stars", "bookrating", "userrating"),
+        *("ratingval", "score", "reviewscore", "myscore"),
     ),
     "time": ("timestamp", "time", "unixreviewtime", "reviewtime", "date", "datetime", "createdat", "updatedat", "ts"),
 }

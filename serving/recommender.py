@@ -20,7 +20,7 @@ import maml
 import options as option_module
 from options import PLACES
 from serving import export
-from utils import UserError, choose_device, keep_memory
+from utils import UserError, choose_device
 
 ADAPTED_AT_ONCE = 128  # users
 SCORED_AT_ONCE = 65536  # items of all users
@@ -71,7 +71,6 @@ class Recommender:
         self.mean, self.std, self.low, self.high = self._system.scale.tolist()
         self._numbers = {str(item): number for number, item in enumerate(self.item_ids, 1)}
         self._own = threading.local()
-        keep_memory()
         self.adapt([])  # what torch imports on first use takes .4 s, for which no user should wait
 
     @classmethod
@@ -174,8 +173,8 @@ class Recommender:
         standard = ((ratings - self.mean) / self.std).astype(np.float32)
         sequences = dataloader.Sequences(offsets, np.concatenate(items), standard)
         blank = np.zeros(query_items.shape)
-        windows, asked = dataloader.support_windows(lengths, self.options), (query_items, blank, blank == 0)
-        return dataloader.assemble(sequences, offsets[:-1], lengths, windows, asked, self.options).to(self.device)
+        windows, queries = dataloader.support_windows(lengths, self.options), (query_items, blank, blank == 0)
+        return dataloader.assemble(sequences, offsets[:-1], lengths, windows, queries, self.options).to(self.device)
 
     @torch.no_grad()
     def _adapt(self, supports):

@@ -348,7 +348,7 @@ def test_a_training_goes_on_without_output(tmp_path, out):
     [
         (UserError("bad \x1b[31m\nname"), 2, r"error: bad \x1b[31m\x0aname"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (PermissionError(13, "Permission denied", "/root/x"), 2, "error: cannot use /root/x (Permission denied): "),
+        (PermissionError(13, "Permission denied", "data/x"), 2, "error: cannot use data/x (Permission denied): "),
         (OSError(36, "File name too long", "x"), 2, "error: cannot use x (File name too long): "),
         (MemoryError(), 2, "error: out of memory: "),
         (OSError(12, "Cannot allocate memory"), 2, "error: out of memory: "),

@@ -195,7 +195,7 @@ def check_best(run):
     if loop["best_rmse"] == math.inf:
         return
     with contextlib.suppress(UserError):
-        if checkpoint.load_checkpoint(run.folder / "checkpoints" / "best.pt")["step"] == loop["best_iteration"]:
+        if checkpoint.load_checkpoint(checkpoint.best_path(run.folder))["step"] == loop["best_iteration"]:
             return
     print(f"warning: the best checkpoint in {run.folder} is lost: from here on another is chosen", file=sys.stderr)
     loop["best_rmse"] = math.inf
