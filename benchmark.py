@@ -16,7 +16,7 @@ import platform
 import torch
 
 import options as option_module
-from benchmarks.measure import settings
+from benchmarks.measure import outer_steps, settings  # noqa: F401
 from benchmarks.sections import SECTIONS
 from utils import choose_device, run_script
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from options import LEARNERS
 from ratings.cache import load_ratings
@@ -17,6 +18,7 @@ from utils import UserError, random_stream
 
 AT_ONCE = {"adapt": 5000, "predict": 27_000}  # positions of a part whose arrays a processor's cache holds
 ON_GPU = 1 << 20  # positions of a part on a GPU, where the number of operations is what counts
+ROWS = 4  # of a part that a GPU adapts to, or a multiple of it
 FOLDS = 4  # of the training users; each meets item tables that were fitted without it
 
 
@@ -324,19 +326,29 @@ def sizes(tasks):
 
 
 def parts(tasks, device, purpose="predict", chunk=0):
-    """Cut a meta-batch into parts of tasks of like size: (their numbers, `Tasks` on the device), the largest first.
+    """Cut a meta-batch into parts of tasks of like size: (their numbers, `Tasks`), the largest first.
 
-    `purpose` is adapt (with a meta-gradient) or predict. A part has at most AT_ONCE[purpose] positions and, unless
-    `chunk` is 0, at most `chunk` tasks, but one task at least.
+    `purpose` is adapt (with a meta-gradient) or predict. On a CPU, a part has at most AT_ONCE[purpose] positions; on a
+    GPU, ON_GPU. It has at most `chunk` tasks, unless that is 0, but one task at least. A GPU has a graph for each shape
+    that it adapts to: so rows are rounded up to a multiple of ROWS there, and have all positions.
     """
     rows, width, size = sizes(tasks)
-    budget = AT_ONCE[purpose] if device.type == "cpu" else ON_GPU
+    budget = ON_GPU if device.type == "cuda" else AT_ONCE[purpose]
+    for_graphs = device.type == "cuda" and purpose == "adapt"
     order, first = size.argsort(descending=True, stable=True), 0
     while first < len(order):
         most = max(1, int(budget // size[order[first]]))
         numbers = order[first : first + min(most, chunk or most)]
-        yield numbers, tasks.take(numbers, rows[numbers].max(), width[numbers].max()).to(device)
+        part = tasks.take(numbers, rows[numbers].max(), None if for_graphs else width[numbers].max())
+        yield numbers, add_rows(part, ROWS) if for_graphs else part
         first += len(numbers)
+
+
+def add_rows(tasks, multiple):
+    """The same tasks with empty rows, so that their number is one or a multiple of `multiple`."""
+    n_rows = tasks.items.shape[1]
+    more = -n_rows % multiple if n_rows > 1 else 0
+    return tasks._replace(**{name: F.pad(getattr(tasks, name), (0, 0, 0, more)) for name in IN_ROWS})
 
 
 def share(tasks, chunk=0, rank=0, world_size=1):

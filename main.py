@@ -84,8 +84,14 @@ def outer_loop(run, stop):
         save_due = time.monotonic() - saved > 60 * opts.checkpoint_minutes
         stop.agreed, save_due = distributed.max_over_ranks(stop.signal, save_due)
 
+        validation_due = loop["validated"] != loop["iteration"] and (
+            last_step or loop["iteration"] % opts.log_interval == 0
+        )
+        if run.device.type == "cpu" or validation_due or save_due or last_step or stop.requested:
+            runs.settle(run)  # a GPU is not waited for at each step
+
         # Validate the running mean of the weights; keep it where it is the best so far
-        if loop["validated"] != loop["iteration"] and (last_step or loop["iteration"] % opts.log_interval == 0):
+        if validation_due:
             scored = runs.validate(run)
             rmse, _ = metrics.rmse((scored.prediction - scored.target) ** 2)
             loop["validated"] = loop["iteration"]
@@ -104,16 +110,7 @@ def outer_loop(run, stop):
             break
 
         # One outer step
-        optimizer.set_learning_rates(run.optimizers, opts, loop["iteration"])
-        try:
-            figures = outer_step(run)
-        except FloatingPointError:
-            if not opts.skip_nonfinite:
-                raise
-            loop["skipped"] += 1
-        else:
-            loop["sums"] = [total + figure for total, figure in zip(loop["sums"], figures, strict=True)]
-            loop["since"] += 1
+        outer_step(run)
         loop["iteration"] += 1
         bar.update()
 
@@ -123,37 +120,46 @@ def outer_loop(run, stop):
 
 
 def outer_step(run):
-    """Adapt to a meta-batch of tasks and move the meta-parameters against the error on their queries.
+    """Draw a meta-batch of tasks, and take a step on this rank's share of them. What it found, `runs.settle` tells."""
+    opts, problem, iteration = run.options, run.problem, run.loop["iteration"]
+    tasks = dataloader.sample_tasks(problem.sequences, problem.train, opts, iteration)
+    weights, rates = maml.objective_weights(opts, iteration), optimizer.learning_rates(run.optimizers, opts, iteration)
+    shares = dataloader.share(tasks, opts.task_chunk, distributed.rank(), distributed.world_size())
+    parts = [
+        part
+        for numbers in shares
+        for _, part in dataloader.parts(tasks.take(numbers), run.device, "adapt", opts.task_chunk)
+    ]
+    if run.graphs and len(parts) == 1:
+        run.graphs(lambda *given: meta_step(run, *given), parts, weights, rates)
+    else:
+        meta_step(run, parts, weights, rates, tasks.table.unique() if opts.sparse_items else None)
 
-    Returns the mean squared error of the queries before and after adapting, their absolute error after it, and the
-    largest norm of a member's meta-gradient. FloatingPointError, with the parameters as they were, where one is not
-    finite.
+
+def meta_step(run, parts, weights, rates, items=None):
+    """Adapt to the tasks in `parts` and move the meta-parameters against the error on their queries.
+
+    The query losses after 0..K inner steps have `weights` (K + 1,), parameter groups the learning `rates` (G,). With
+    sparse gradients, `items` are those of all ranks' tasks. No value of a tensor is read on the host, so that a GPU
+    captures it all as one graph; parameters stay as they were where a figure is not finite.
     """
-    opts, problem, device = run.options, run.problem, run.system.scale.device
-    tasks = dataloader.sample_tasks(problem.sequences, problem.train, opts, run.loop["iteration"])
-    weights = maml.objective_weights(opts, run.loop["iteration"]).to(device)
-
-    # The meta-loss of this rank's share of the tasks, part by part, and its gradient
-    figures = torch.zeros(3, device=device)
+    weights, rates = weights.to(run.device), rates.to(run.device)
+    figures = torch.zeros(3, device=run.device)
     run.system.zero_grad()
-    for numbers in dataloader.share(tasks, opts.task_chunk, distributed.rank(), distributed.world_size()):
-        for _, part in dataloader.parts(tasks.take(numbers), device, "adapt", opts.task_chunk):
-            loss, found = maml.meta_loss(run.system, part, weights, run.shifts, opts.batch_size)
-            loss.backward()
-            figures += found
+
+    # The meta-loss, part by part, and its gradient
+    for part in parts:
+        loss, found = maml.meta_loss(run.system, part.to(run.device), weights, run.shifts, run.options.batch_size)
+        loss.backward()
+        figures += found
     if distributed.world_size() > 1:
-        tables = [table for member in run.system.members for table in member.learner.tables().values()]
-        rows = tasks.table.unique().to(device) if opts.sparse_items else None
-        figures = distributed.sum_gradients(run.parameters, tables if opts.sparse_items else [], rows, figures)
+        figures = distributed.sum_gradients(run.system, items, figures)
 
     # Clip and step
     norms = [optimizer.clip_gradient(member.parameters()) for member in run.system.members]
-    figures = [*figures.tolist(), torch.stack(norms).max().item()]  # nan where any is nan
-    runs.check_finite(run, figures)
-    for each in run.optimizers:
-        each.step()
-    run.average.update_parameters(run.system)
-    return figures
+    skip = runs.count_step(run, torch.cat([figures, torch.stack(norms).max()[None]]))  # nan where any is nan
+    optimizer.take_step(run.optimizers, rates, skip)
+    runs.move_average(run, skip)
 
 
 def test(opts, folder):

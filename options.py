@@ -299,6 +299,7 @@ def add_run_options(parser):
     add("checkpoint_step", -1, count(-1), "checkpoint for --test; -1 = the best of validation")
     add("skip_nonfinite", False, bool, "leave out iterations whose loss or gradient is not finite instead of stopping")
     add("device", "auto", str, "where to compute", choices=["auto", "cpu", "cuda"])
+    add("cuda_graphs", True, bool, "on a GPU, replay the outer step as one graph instead of launching each operation")
     add("deterministic", False, bool, "use only operations that give the same bits each time on a GPU, as a CPU does")
     add("test", False, bool, "evaluate a run's checkpoint on its test users, with the options it was trained with")
 
@@ -499,7 +500,7 @@ def method(options):
 # What may differ when a run goes on: where things are (the data's fingerprint is checked instead), what is
 # shown, how often is saved, how much is computed at once, and what concerns this one command.
 MAY_CHANGE = (
-    *(*PLACES, "checkpoint_minutes", "checkpoint_step", "device", "keep_checkpoints", "log_interval"),
+    *(*PLACES, "checkpoint_minutes", "checkpoint_step", "cuda_graphs", "device", "keep_checkpoints", "log_interval"),
     *("overwrite", "resume", "skip_nonfinite", "task_chunk", "test"),
 )
 MAY_GROW = ("num_train_iterations", "pretrain_epochs")

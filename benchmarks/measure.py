@@ -62,7 +62,7 @@ def meta_gradient(system, tasks, backward=True):
     """Add the meta-gradient of tasks to the parameters, as `main.outer_step` does, or stop at the meta-loss."""
     for _, part in dataloader.parts(tasks, system.scale.device, "adapt", system.options.task_chunk):
         shifts, weights = [None] * len(system.members), objective_weights(system)
-        loss, _ = maml.meta_loss(system, part, weights, shifts, len(tasks.table))
+        loss, _ = maml.meta_loss(system, part.to(system.scale.device), weights, shifts, len(tasks.table))
         if backward:
             loss.backward()
 
@@ -72,8 +72,12 @@ def objective_weights(system):
     return maml.objective_weights(system.options, 1).to(system.members[0].learner.item_embedding)
 
 
-def outer_steps(options, bench, n_items=2500):
-    """A function that takes an outer step of `main.outer_step` each time it is called, sampling included."""
+def outer_steps(bench, form, n_tasks, n_items=2500, more=()):
+    """A function that takes an outer step of `n_tasks` tasks each time it is called, sampling included.
+
+    The options are those of `settings`, for the first learner.
+    """
+    options = settings(form, bench, *more, f"--batch_size={n_tasks}")
     sequences = synthetic(n_items=n_items)
     users = np.arange(len(sequences.offsets) - 1)
     problem = dataloader.Problem(None, sequences, users, users, users, *SCALE[:2])
@@ -83,7 +87,17 @@ def outer_steps(options, bench, n_items=2500):
         script.outer_step(run)
         run.loop["iteration"] += 1
 
+    if run.graphs:
+        for _ in range(12):  # so that the usual shapes have their graphs
+            take()
     return take
+
+
+def step_times(bench, *takes):
+    """Median seconds of an outer step of each function; on a GPU, of steps in a row, whose drawing overlaps."""
+    count = 20 if bench.device.type == "cuda" else 1
+    rows = [lambda take=take: [take() for _ in range(count)] for take in takes]
+    return [seconds / count for seconds in medians(bench, *rows)]
 
 
 def medians(bench, *functions):
@@ -114,9 +128,9 @@ def peak_memory(bench):
     return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1e3 if status.exists() else math.nan
 
 
-def memory_of_steps(bench, options, n_items):
-    """MB that outer steps add to this process."""
-    before, take = peak_memory(bench), outer_steps(options, bench, n_items)
+def memory_of_steps(bench, *arguments):
+    """MB that `outer_steps` add to this process."""
+    before, take = peak_memory(bench), outer_steps(bench, *arguments)
     take()
     take()  # now with all that the optimizer holds
     return peak_memory(bench) - before

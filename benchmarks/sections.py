@@ -21,7 +21,6 @@ from evaluation import baselines, evaluate, metrics
 from models import item_tables
 from training import distributed
 from training import run as runs
-from training.optimizer import set_learning_rates
 from utils import random_stream
 
 CPU = torch.device("cpu")
@@ -33,16 +32,18 @@ def change(bench, **more):
 
 
 def cases(bench):
-    """(name, options) of each learner in each form."""
+    """(name, options, arguments of `measure.outer_steps`) of each learner in each form."""
     for form in measure.FORMS:
         for model in bench.models:
-            yield f"{model}, {form}", measure.settings(form, bench, f"--model={model}")
+            of_model = change(bench, models=[model])
+            options = measure.settings(form, of_model)
+            yield f"{model}, {form}", options, (of_model, form, options.batch_size)
 
 
 def learners(bench):
     """Meta-gradients of all tasks at once against the naive loop over tasks and windows."""
     rows, sequences, on_gpu = [], measure.synthetic(), bench.device.type == "cuda"
-    for name, options in cases(bench):
+    for name, options, _ in cases(bench):
         system, tasks = measure.build(options, bench), measure.draw(options, sequences, bench.tasks)
         slow, laid_out = naive.naive_copy(system), [task.to(bench.device) for task in naive.lay_out_windows(tasks)]
         both = partial(measure.meta_gradient, system, tasks), partial(naive.meta_gradient, slow, laid_out)
@@ -82,8 +83,8 @@ class CountOperations(TorchDispatchMode):
 def operations(bench):
     """Operations of an outer step of one part, about as many as a GPU launches; counted on the CPU."""
     rows = []
-    for name, options in cases(bench):
-        take = measure.outer_steps(options, change(bench, device=CPU))
+    for name, options, arguments in cases(change(bench, device=CPU)):
+        take = measure.outer_steps(*arguments)
         with mock.patch.dict(dataloader.AT_ONCE, adapt=dataloader.ON_GPU):
             take()  # the optimizer makes its moments
             with CountOperations() as counted:
@@ -95,7 +96,7 @@ def operations(bench):
 def users_a_second(bench):
     """Adapting to users and predicting their last ratings, tasks built in the time."""
     rows, sequences, users = [], measure.synthetic(bench.users), np.arange(bench.users)
-    for name, options in cases(bench):
+    for name, options, _ in cases(bench):
         system, least = measure.build(options, bench), 20_000 if bench.device.type == "cuda" else 300
         seconds = measure.medians(
             bench, lambda s=system, o=options: evaluate.predict(s, dataloader.last_tasks(sequences, users, o))
@@ -111,17 +112,17 @@ def parts(bench):
     square, sequences = torch.randn(size, size, device=bench.device), measure.synthetic()
     rate = 2 * size**3 / measure.medians(bench, partial(torch.mm, square, square))[0]
     rows = [("a large matrix product", rate / 1e9, "GFLOP/s", "")]
-    for name, options in cases(bench):
+    for name, options, arguments in cases(bench):
         system, tasks = measure.build(options, bench), measure.draw(options, sequences, options.batch_size)
         with FlopCounterMode(display=False) as counted:
             measure.meta_gradient(system, tasks)
-        sample, inner, gradient, whole = measure.medians(
+        sample, inner, gradient = measure.medians(
             bench,
             partial(measure.draw, options, sequences, options.batch_size),
             partial(measure.meta_gradient, system, tasks, backward=False),
             partial(measure.meta_gradient, system, tasks),
-            measure.outer_steps(options, bench),
         )
+        whole = measure.step_times(bench, measure.outer_steps(*arguments))[0]
         shares = {"sampling": sample, "inner loop": inner, "meta-gradient": gradient - inner}
         rows.append((f"{name}: outer step of {options.batch_size} tasks", 1e3 * whole, "ms", ""))
         rows += [(f"{name}: {part}", 100 * seconds / whole, "%", "") for part, seconds in shares.items()]
@@ -153,11 +154,12 @@ def compare(bench, kinds):
     """Time a task and memory of outer steps: {name: (number of items, options)}."""
     rows = []
     for form in measure.FORMS:
-        given = [(measure.settings(form, bench, *more), n_items) for n_items, more in kinds.values()]
-        seconds = measure.medians(bench, *(measure.outer_steps(options, bench, n) for options, n in given))
-        for name, (options, n_items), took in zip(kinds, given, seconds, strict=True):
-            memory = measure.together(1, measure.memory_of_steps, bench, options, n_items)[0]
-            rows.append((f"{form}, {name}: time a task", 1e3 * took / options.batch_size, "ms", ""))
+        counts = [measure.settings(form, bench, *more).batch_size for _, more in kinds.values()]
+        given = [(form, count, *kind) for count, kind in zip(counts, kinds.values(), strict=True)]
+        seconds = measure.step_times(bench, *(measure.outer_steps(bench, *each) for each in given))
+        for name, arguments, count, took in zip(kinds, given, counts, seconds, strict=True):
+            memory = measure.together(1, measure.memory_of_steps, bench, *arguments)[0]
+            rows.append((f"{form}, {name}: time a task", 1e3 * took / count, "ms", ""))
             rows.append((f"{form}, {name}: memory", memory, "MB", ""))
     return rows
 
@@ -167,17 +169,16 @@ def processes(bench):
     rows = []
     for form in measure.FORMS:
         for count in (bench.tasks, 8 * bench.tasks, 32 * bench.tasks):
-            options = measure.settings(form, bench, f"--batch_size={count}")
-            first, second = measure.together(2, take_turns, change(bench, device=CPU), options)
+            first, second = measure.together(2, take_turns, change(bench, device=CPU), form, count)
             rows.append((f"{form}, {count} tasks: one process", count / first[1], "tasks/s", ""))
             ratio = first[1] / max(first[2], second[2])
             rows.append((f"{form}, {count} tasks: two over one", ratio, "x", "at least 1.6"))
     return rows
 
 
-def take_turns(bench, options):
+def take_turns(bench, form, n_tasks):
     """Median seconds of an outer step that rank 0 takes alone, and that both ranks take together, in each rank."""
-    take, times = measure.outer_steps(options, bench), {1: [], 2: []}
+    take, times = measure.outer_steps(bench, form, n_tasks), {1: [], 2: []}
     for _ in range(1 + 10 * bench.reps):
         for ranks in times:  # in turns, so that what else the machine does slows both alike
             distributed.barrier()
@@ -238,9 +239,8 @@ def accuracy(bench):
     run = runs.new_run(system.to(bench.device), shifts, problem, options, None)
     while rmse > goal and run.loop["iteration"] < options.num_train_iterations:
         if run.loop["iteration"] % 10 == 0:
-            scored = evaluate.evaluate(run.average.module, problem, problem.validation)
+            scored = evaluate.evaluate(run.average, problem, problem.validation)
             rmse = metrics.rmse((scored.prediction - scored.target) ** 2)[0]
-        set_learning_rates(run.optimizers, options, run.loop["iteration"])
         script.outer_step(run)
         run.loop["iteration"] += 1
     rows = [("RMSE", rmse, "", f"at most {goal:.4f}"), ("iterations", run.loop["iteration"], "", "")]

@@ -123,7 +123,7 @@ def predict(system, tasks):
     """Standardised predictions (T, K + 1, Q) of each task's queries after 0..K inner steps; nan where there is none."""
     found = np.full((len(tasks.table), system.options.num_inner_steps + 1, tasks.query.shape[1]), np.nan)
     for numbers, part in dataloader.parts(tasks, system.scale.device, chunk=system.options.task_chunk):
-        found[numbers] = system(part).cpu().numpy()
+        found[numbers] = system(part.to(system.scale.device)).cpu().numpy()
     return found
 
 
@@ -183,6 +183,7 @@ def support_weights(system, problem, users):
     `users`, number of the rating's level, weight at each inner step (n, K), how often the rating counts."""
     tasks = dataloader.last_tasks(problem.sequences, users, system.options)
     for numbers, part in dataloader.parts(tasks, system.scale.device, chunk=system.options.task_chunk):
+        part = part.to(system.scale.device)
         real = part.segment > 0
         weights = system.explain(part)[1].movedim(1, -1)[real].cpu().numpy()
         values = system.to_rating(part.ratings[real]).cpu().numpy()

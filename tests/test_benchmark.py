@@ -95,9 +95,7 @@ def test_all_sections_print_figures(tmp_path, monkeypatch, capsys):
 
 def test_ranks_take_turns_in_processes_of_their_own():
     bench = tiny("--models", "gru4rec")
-    first, second = measure.together(
-        2, sections.take_turns, bench, measure.settings("default", bench, "--batch_size=4")
-    )
+    first, second = measure.together(2, sections.take_turns, bench, "default", 4)
     assert first.keys() == {1, 2} and second.keys() == {2} and min(*first.values(), *second.values()) > 0
 
 
@@ -115,8 +113,7 @@ def test_wrong_options_are_refused(wrong):
 
 
 def test_an_outer_step_moves_the_system_and_counts_on():
-    options = measure.settings("paper", tiny())
-    take = measure.outer_steps(options, tiny(), 50)
+    take = measure.outer_steps(tiny(), "paper", 4, 50)
     run = take.__closure__[0].cell_contents
     before = [p.clone() for p in run.parameters]
     take()

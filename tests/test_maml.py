@@ -7,7 +7,6 @@ import torch
 from torch.func import functional_call
 
 import dataloader
-import main
 import maml
 from models.loss_network import MetaLoss
 
@@ -199,14 +198,13 @@ def steps(options, count=3):
     """A run after some outer steps in double precision, and the figures of the last."""
     run = tiny.run(options, torch.float64)
     for _ in range(count):
-        figures = main.outer_step(run)
-        run.loop["iteration"] += 1
+        figures = tiny.step(run)
     return run, figures
 
 
 @pytest.fixture
 def in_double(monkeypatch):
-    """Tasks and weights in double precision for `main.outer_step`."""
+    """Tasks and weights in double precision for outer steps."""
     sample, weights = dataloader.sample_tasks, maml.objective_weights
     monkeypatch.setattr(dataloader, "sample_tasks", lambda *given: tiny.double(sample(*given)))
     monkeypatch.setattr(maml, "objective_weights", lambda *given: weights(*given).double())
@@ -244,7 +242,7 @@ def test_a_gradient_of_any_member_that_is_not_finite_moves_nothing(bad):
     before = {name: value.clone() for name, value in run.system.state_dict().items()}
     run.system.members[bad].learner.item_embedding.register_hook(lambda gradient: gradient * torch.nan)
     with pytest.raises(FloatingPointError, match="meta-gradient nan"):
-        main.outer_step(run)
+        tiny.step(run)
     torch.testing.assert_close(run.system.state_dict(), before, rtol=0, atol=0)
 
 
@@ -257,7 +255,7 @@ def test_figures_of_a_step_are_the_errors_of_the_members_mean(in_double):
         torch.stack([loss(error[t, k])[tasks.query[t]].mean() for t in range(3)]).mean().item()
         for loss, k in ((torch.square, 0), (torch.abs, -1))
     )
-    figures = main.outer_step(run)
+    figures = tiny.step(run)
     assert [figures[0], figures[2]] == pytest.approx([squared, absolute])
 
 

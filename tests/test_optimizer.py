@@ -7,7 +7,6 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-import main
 from training import optimizer
 
 
@@ -15,14 +14,12 @@ def trained(options, steps=4):
     """A run after some outer steps, and what each step found: {name: (parameter before, clipped gradient)}, rates."""
     run, found = tiny.run(options), []
     for _ in range(steps):
-        optimizer.set_learning_rates(run.optimizers, options, run.loop["iteration"])
         before = {name: p.detach().clone() for name, p in run.system.named_parameters() if p.requires_grad}
-        main.outer_step(run)
+        tiny.step(run)
         gradients = {name: p.grad for name, p in run.system.named_parameters() if p.grad is not None}
         rates = {p: group for each in run.optimizers for group in each.param_groups for p in group["params"]}
         groups = {name: dict(rates[p]) for name, p in run.system.named_parameters() if p in rates}
         found.append((before, gradients, groups))
-        run.loop["iteration"] += 1
     return run, found
 
 
@@ -43,7 +40,7 @@ def test_steps_and_their_mean_equal_a_plain_loop(members, head, keep):
             expected[name] = decayed - group["lr"] * first / (1 - 0.9**step) / scale
         rest = keep if step > 1 else 0  # the first step's weights are the first mean
         mean = {name: torch.lerp(value, mean[name], rest) for name, value in expected.items()}
-    for system, values in ((run.system, expected), (run.average.module, mean)):
+    for system, values in ((run.system, expected), (run.average, mean)):
         for name, parameter in system.named_parameters():
             if name in values:
                 torch.testing.assert_close(parameter.detach().double(), values[name], rtol=1e-5, atol=1e-6)
@@ -53,11 +50,11 @@ def test_learning_rates_rise_and_fall_as_a_cosine():
     options = tiny.options(num_train_iterations=200, outer_lr=3e-3, min_outer_lr=1e-3, item_lr=2e-4)
     run = tiny.run(options)
     for iteration in (0, 10, 49, 50, 120, 200, 300):
-        optimizer.set_learning_rates(run.optimizers, options, iteration)
+        rates = optimizer.learning_rates(run.optimizers, options, iteration)
         done = min(iteration / 200, 1)
         factor = min((iteration + 1) / 50, 1) * (1 / 3 + 2 / 3 * (1 + math.cos(math.pi * done)) / 2)
-        for group in run.optimizers[0].param_groups:
-            assert group["lr"] == pytest.approx(factor * group["initial_lr"])
+        for group, rate in zip(run.optimizers[0].param_groups, rates, strict=True):
+            assert rate == pytest.approx(factor * group["initial_lr"])
     rates = {group["name"]: group["initial_lr"] for group in run.optimizers[0].param_groups}
     assert rates["encoder"] == 3e-3 and rates["items"] == 2e-4
 
@@ -90,8 +87,7 @@ def test_sparse_tables_have_the_same_gradients_and_rows_not_in_use_do_not_move(c
     }  # fmt: skip
     for _ in range(2):  # moments of earlier steps must not move rows either
         before = {name: p.detach().clone() for name, p in run.system.named_parameters()}
-        main.outer_step(run)
-        run.loop["iteration"] += 1
+        tiny.step(run)
     for name, parameter in run.system.named_parameters():
         if name in gradients and gradients[name].is_sparse:
             used = parameter.grad.to_dense().any(1)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import dataloader
+import main
 import maml
 import options as option_module
 from training import run as runs
@@ -92,6 +93,15 @@ def run(options, dtype=torch.float32, device="cpu"):
     """A training run of a fresh `Ensemble` on `sequences()`."""
     ensemble = maml.Ensemble(N_ITEMS, options, SCALE).to(device, dtype)
     return runs.new_run(ensemble, [None] * options.members, problem(sequences(), np.arange(6)), options, None)
+
+
+def step(run):
+    """Take an outer step; its figures."""
+    main.outer_step(run)
+    run.loop["iteration"] += 1
+    run.loop["sums"] = [0.0] * 4
+    runs.settle(run)
+    return run.loop["sums"]
 
 
 def lay_out(rows, width=None, query_items=(1,), seed=0):

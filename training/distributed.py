@@ -167,13 +167,16 @@ def broadcast_tensors(tensors):
                 dist.broadcast(tensor.detach(), 0)
 
 
-def sum_gradients(parameters, tables, rows, figures):
-    """Sum the gradients of `parameters` and `figures` (n,) over all ranks, in one all_reduce; the summed figures.
+def sum_gradients(system, rows, figures):
+    """Sum the gradients of a system and `figures` (n,) over all ranks, in one all_reduce; the summed figures.
 
-    tables: those of the parameters whose gradients are sparse, in some of the `rows` (r,), ascending and the same
-    for all ranks; these alone are sent. A gradient that no rank has stays None.
+    Where the item tables' gradients are sparse, they are in some of the `rows` (r,), ascending and the same for all
+    ranks; these alone are sent. A gradient that no rank has stays None.
     """
-    sparse = {id(table) for table in tables}
+    parameters = [p for p in system.parameters() if p.requires_grad]
+    tables = [table for member in system.members for table in member.learner.tables().values()]
+    sparse = set() if rows is None else {id(table) for table in tables}
+    rows = None if rows is None else rows.to(figures.device)
     present = figures.new_tensor([p.grad is not None for p in parameters])
     parts = [figures, present, *(flat_gradient(p, rows if id(p) in sparse else None) for p in parameters)]
     buffer = torch.cat(parts)

@@ -15,11 +15,11 @@ EPSILON = 1e-6  # of Adam; with torch's 1e-8, gradients that are rounding errors
 def build_optimizers(system, options):
     """AdamW for the parameters of all members and, with --sparse_items, SparseAdam for the item tables."""
     groups = [group for member in system.members for group in parameter_groups(member, options)]
-    if not options.sparse_items:
-        return [torch.optim.AdamW(groups, eps=EPSILON, fused=True)]
-    tables = [group for group in groups if group["name"] == "items"]
-    dense = [group for group in groups if group["name"] != "items"]
-    return [torch.optim.AdamW(dense, eps=EPSILON, fused=True), torch.optim.SparseAdam(tables, eps=EPSILON)]
+    sparse = [group for group in groups if options.sparse_items and group["name"] == "items"]
+    dense = [group for group in groups if not sparse or group["name"] != "items"]
+    on_gpu = system.scale.device.type == "cuda"
+    adam = torch.optim.AdamW(dense, eps=EPSILON, fused=True, capturable=on_gpu)
+    return [adam, torch.optim.SparseAdam(sparse, eps=EPSILON)] if sparse else [adam]
 
 
 def parameter_groups(member, options):
@@ -53,14 +53,34 @@ def group_name(parameter):
     return part
 
 
-def set_learning_rates(optimizers, options, iteration):
-    """Set all learning rates for an iteration: a short rise, then a cosine from 1 to min_outer_lr / outer_lr."""
+def learning_rates(optimizers, options, iteration):
+    """The learning rates of all parameter groups in an iteration, a tensor.
+
+    They rise for a short while, then fall as a cosine from 1 to min_outer_lr / outer_lr of what they are.
+    """
     end = options.min_outer_lr / options.outer_lr
     done = min(1.0, iteration / max(1, options.num_train_iterations))
     factor = min(1.0, (iteration + 1) / WARMUP) * (end + (1 - end) * (1 + math.cos(math.pi * done)) / 2)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+    return torch.tensor([group["initial_lr"] * factor for group in all_groups(optimizers)])
+
+
+def all_groups(optimizers):
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def take_step(optimizers, rates, skip):
+    """A step of all optimizers at these learning rates (G,), unless the tensor `skip` holds: then nothing changes.
+
+    AdamW looks at `skip` on the device. SparseAdam cannot, so that the host waits for it.
+    """
+    for group, rate in zip(all_groups(optimizers), rates, strict=True):
+        group["lr"] = rate
+    adam, *sparse = optimizers
+    adam.found_inf = skip.to(rates.dtype)
+    adam.step()
+    for optimizer in sparse:
+        if not skip:
+            optimizer.step()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import options as option_module
 from evaluation import baselines, evaluate, metrics
 from ratings import table
 from training import run_folder, tensorboard
+from training.optimizer import learning_rates
 from utils import printable
 
 MOST_USERS = 256  # validation users whose ratings' weights are shown
@@ -133,7 +134,8 @@ def validation_figures(run, scored):
         if loop["since"]:
             figures["train/rmse_unadapted"] = std * before**0.5
     figures["charts/iterations_per_second"] = loop["iteration"] / max(loop["seconds"], 1e-9)
-    figures["charts/learning_rate"] = run.optimizers[0].param_groups[0]["lr"]
+    rates = learning_rates(run.optimizers, run.options, max(0, loop["iteration"] - 1))
+    figures["charts/learning_rate"] = rates[0].item()
     if loop["skipped"]:
         figures["train/skipped_iterations"] = loop["skipped"]
     return figures
@@ -144,7 +146,7 @@ def log_learned(run, writer):
     iteration = run.loop["iteration"]
     for kind in ("rate", "damping"):
         parts = {}
-        tensors = [getattr(member.rates, f"log_{kind}").items() for member in run.average.module.members]
+        tensors = [getattr(member.rates, f"log_{kind}").items() for member in run.average.members]
         for name, values in itertools.chain(*tensors):
             part = name.split("/")[0] if name.startswith("encoder") else name.split("/")[-1]
             parts.setdefault(part, []).append(values.detach().exp().flatten().cpu().numpy())
@@ -152,7 +154,7 @@ def log_learned(run, writer):
             tensorboard.add_histogram(writer, f"inner_{kind}/{part}", np.concatenate(values), iteration)
     if run.options.use_adaptive_loss:
         users = run.problem.validation[:MOST_USERS]
-        parts = evaluate.support_weights(run.average.module, run.problem, users)
+        parts = evaluate.support_weights(run.average, run.problem, users)
         _, level, weights, times = map(np.concatenate, zip(*parts, strict=True))
         weights, level = weights.repeat(times, 0), level.repeat(times)
         tensorboard.add_histogram(writer, "loss_weight/all_ratings", weights, iteration)

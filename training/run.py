@@ -1,6 +1,7 @@
 """A training run: what it consists of, how it begins, goes on from a checkpoint, and is saved."""
 
 import contextlib
+import copy
 import math
 import sys
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dataloader
 import maml
@@ -16,7 +16,8 @@ import options as option_module
 from evaluation import evaluate
 from models import checkpoint
 from training import distributed, run_folder
-from training.optimizer import build_optimizers, set_learning_rates
+from training.graphs import Graphs
+from training.optimizer import build_optimizers
 from utils import UserError
 
 AVERAGE = 0.98  # decay of the running mean of the weights; the plain head has no mean, as published
@@ -28,12 +29,18 @@ class Run(NamedTuple):
 
     system: maml.Ensemble  # what is trained
     shifts: list  # of the item tables for each member, see `maml.look_up`
-    average: AveragedModel  # `average.module` has the running mean of the weights; it is validated and tested
+    average: maml.Ensemble  # the running mean of its weights, which is validated and tested
     optimizers: list
     problem: dataloader.Problem
     options: object
     folder: Path
     loop: dict  # all that changes beside parameters and optimizers; it goes into checkpoints
+    tally: dict  # of the outer steps since the last `settle`, on the device; see `count_step`
+    graphs: Graphs | None  # replays the outer step on a GPU
+
+    @property
+    def device(self):
+        return self.system.scale.device
 
     @property
     def parameters(self):
@@ -47,8 +54,11 @@ class Run(NamedTuple):
 
 def new_run(system, shifts, problem, options, folder):
     """A run of a fresh system, before its first iteration."""
-    average = AveragedModel(system, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE if options.head == "joint" else 0.0))
-    return Run(system, shifts, average, build_optimizers(system, options), problem, options, folder, new_loop())
+    average, device = copy.deepcopy(system).requires_grad_(False), system.scale.device
+    on_graphs = options.cuda_graphs and device.type == "cuda" and not options.sparse_items
+    graphs = Graphs(device) if on_graphs and distributed.world_size() == 1 else None
+    optimizers = build_optimizers(system, options)
+    return Run(system, shifts, average, optimizers, problem, options, folder, new_loop(), new_tally(device), graphs)
 
 
 def new_loop():
@@ -113,7 +123,7 @@ def load_pretrained(run):
             member.learner.load_state_dict(weights, strict=options.load_pretrained)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} has other sizes than this learner: pretrain with the same model options") from error
-    run.average.module.load_state_dict(run.system.state_dict())
+    run.average.load_state_dict(run.system.state_dict())
 
 
 # These may differ between ranks: where things are on their machine, and what only rank 0 does.
@@ -148,13 +158,11 @@ def restore(run, state):
     if not is_sound(loop, run.loop, state["step"]):
         raise UserError(f"the loop state of the checkpoint in {run.folder} is damaged: use another --log_dir")
     maml.load_parameters(run.system, state["last"], run.folder)
-    maml.load_parameters(run.average.module, state["system"], run.folder)
-    run.average.n_averaged.fill_(loop["iteration"] - loop["skipped"])
+    maml.load_parameters(run.average, state["system"], run.folder)
     if not all(map(fits, run.optimizers, state["optimizers"])) or len(run.optimizers) != len(state["optimizers"]):
         raise UserError(f"the optimizer state of the checkpoint in {run.folder} is damaged: use another --log_dir")
     load_moments(run, state["optimizers"])
     run.loop.update(loop)
-    set_learning_rates(run.optimizers, run.options, loop["iteration"] - 1)
 
 
 def is_sound(loop, fresh, step):
@@ -202,6 +210,59 @@ def check_best(run):
 
 
 # -----------------------------------------------------------------------------
+# what outer steps found
+
+
+def new_tally(device):
+    """Figures of outer steps that the host has not seen yet."""
+    sizes = {"steps": (), "taken": (), "sums": (4,), "last": (4,)}
+    return {name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in sizes.items()}
+
+
+def count_step(run, figures):
+    """Count an outer step with its figures (4,); a tensor that tells whether its parameters may not move.
+
+    They may not where a figure is not finite and, unless --skip_nonfinite, where one was not in an earlier step: the
+    run ends there once the host knows. All of this happens on the device.
+    """
+    tally, skip = run.tally, ~figures.isfinite().all()
+    if not run.options.skip_nonfinite:
+        stopped = tally["taken"] < tally["steps"]
+        tally["last"].copy_(torch.where(stopped, tally["last"], figures))
+        skip = skip | stopped
+    tally["steps"] += 1
+    tally["taken"] += ~skip
+    tally["sums"] += figures.double().nan_to_num(0, 0, 0) * ~skip
+    return skip
+
+
+def settle(run):
+    """Take what the device counted into the loop's state; FloatingPointError where a step's figure was not finite."""
+    loop, tally = run.loop, run.tally
+    steps, taken, *numbers = torch.cat([value.reshape(-1) for value in tally.values()]).tolist()
+    for value in tally.values():
+        value.zero_()
+    loop["sums"] = [total + found for total, found in zip(loop["sums"], numbers[:4], strict=True)]
+    loop["since"] += int(taken)
+    if run.options.skip_nonfinite:
+        loop["skipped"] += int(steps - taken)
+    elif taken < steps:
+        loop["iteration"] += int(taken - steps)  # of the step that failed; none was taken since
+        before, after, _, norm = numbers[4:]
+        what = f"the query loss is {after:g} and the norm of the meta-gradient {norm:g}"
+        raise not_finite(run, what, before, ", or leave such iterations out with --resume --skip_nonfinite")
+
+
+@torch.no_grad()
+def move_average(run, skip):
+    """Move the running mean of the weights, unless the tensor `skip` holds; the plain head has no mean, as published."""
+    decay = AVERAGE if run.options.head == "joint" and run.loop["iteration"] else 0.0
+    weight = (1 - decay) * ~skip
+    for mean, value in zip(run.average.parameters(), run.system.parameters(), strict=True):
+        mean.lerp_(value, weight)
+
+
+# -----------------------------------------------------------------------------
 # on the way
 
 
@@ -213,7 +274,7 @@ def validate(run):
     users = run.problem.validation[: run.options.val_size]
     shared = distributed.world_size() > 1 and len(users) >= LEAST_SHARE * distributed.world_size()
     mine = np.array_split(users, distributed.world_size())[distributed.rank()] if shared else users
-    scored = evaluate.evaluate(run.average.module, run.problem, mine, num_targets=run.validation_targets)
+    scored = evaluate.evaluate(run.average, run.problem, mine, num_targets=run.validation_targets)
     if shared:
         columns = zip(*distributed.gather_objects(tuple(scored)), strict=True)
         scored = evaluate.Scored(*(np.concatenate(column) for column in columns))
@@ -233,7 +294,7 @@ def save(run, validated=False, best=False):
     if not distributed.is_first():
         return
     state = {
-        "system": run.average.module.state_dict(),
+        "system": run.average.state_dict(),
         "last": run.system.state_dict(),
         "optimizers": [optimizer.state_dict()["state"] for optimizer in run.optimizers],
         "loop": run.loop,
@@ -248,14 +309,6 @@ def save(run, validated=False, best=False):
         checkpoint.save_weights(run.folder, iteration, state)
     else:
         checkpoint.save_checkpoint(run.folder, iteration, state, run.options.keep_checkpoints)
-
-
-def check_finite(run, figures):
-    """FloatingPointError where a figure of an outer step is not finite; it names the option that is likely to blame."""
-    before, after, _, norm = figures
-    if not all(map(math.isfinite, figures)):
-        what = f"the query loss is {after:g} and the norm of the meta-gradient {norm:g}"
-        raise not_finite(run, what, before, ", or leave such iterations out with --resume --skip_nonfinite")
 
 
 def not_finite(run, what, before, more=""):
