@@ -125,11 +125,8 @@ def outer_step(run):
     tasks = dataloader.sample_tasks(problem.sequences, problem.train, opts, iteration)
     weights, rates = maml.objective_weights(opts, iteration), optimizer.learning_rates(run.optimizers, opts, iteration)
     shares = dataloader.share(tasks, opts.task_chunk, distributed.rank(), distributed.world_size())
-    parts = [
-        part
-        for numbers in shares
-        for _, part in dataloader.parts(tasks.take(numbers), run.device, "adapt", opts.task_chunk)
-    ]
+    mine = [tasks] if len(shares) == distributed.world_size() == 1 else [tasks.take(numbers) for numbers in shares]
+    parts = [part for each in mine for _, part in dataloader.parts(each, run.device, "adapt", opts.task_chunk)]
     if run.graphs and len(parts) == 1:
         run.graphs(lambda *given: meta_step(run, *given), parts, weights, rates)
     else:

@@ -103,9 +103,14 @@ class AdaptAll:
     def predict_queries(self, thetas):
         history_alone = self.tasks.take(slice(None), rows=1)
         self.memories.append(self.call(thetas[-1], "predict_support", history_alone)[1])
-        calls = zip(thetas, self.memories, strict=True)
-        found = [self.call(theta, "predict_query", self.tasks.query_items, memory) for theta, memory in calls]
-        return torch.stack(found, 1)
+        # The queries of all steps are one call, as if of T (K + 1) tasks.
+        theta, *memory = (
+            torch.stack(values, 1).flatten(0, 1)
+            for values in (thetas, *zip(*map(pytree.tree_leaves, self.memories), strict=True))
+        )
+        memory = pytree.tree_unflatten(memory, pytree.tree_structure(self.memories[0]))
+        items = self.tasks.query_items.repeat_interleave(len(thetas), 0)
+        return self.call(theta, "predict_query", items, memory).unflatten(0, (-1, len(thetas)))
 
 
 def first_theta(learner, names, tables):

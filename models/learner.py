@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.error_attention import ErrorAttention
-from models.layers import Linear, broadcast_parameter, dot, look_up
+from models.layers import Linear, broadcast_parameter, dot, is_multiplied, look_up
 from options import LEARNERS
 
 TABLES = ("item_embedding", "item_effect", "item_factor")  # one row an item; row 0 is padding
@@ -108,7 +108,11 @@ def apply(weights, errors):
 
 def look_up_all(tables, places):
     """Rows {name: (T, ..., width)} of tables {name: (U, width) or (T, U, width)} at places (T, ...)."""
-    return {name: look_up(table, places) for name, table in tables.items()}
+    if not all(map(is_multiplied, tables.values())):
+        return {name: look_up(table, places) for name, table in tables.items()}
+    widths = [table.shape[-1] for table in tables.values()]
+    rows = look_up(torch.cat(list(tables.values()), -1), places).split(widths, -1)
+    return dict(zip(tables, rows, strict=True))
 
 
 def hidden_size(options):

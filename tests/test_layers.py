@@ -193,7 +193,9 @@ def test_weights_for_each_task_equal_a_loop_over_tasks(module, given, torchs):
             torch.testing.assert_close(together[part], functional_call(torchs, weights, arguments))
 
 
-def test_dots_and_rows_take_weights_for_each_task():
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_dots_and_rows_take_weights_for_each_task(on_gpu, monkeypatch):
+    monkeypatch.setattr(layers, "is_multiplied", lambda table: on_gpu)
     x, weights = random(3, 4, 5, WIDTH), random(3, WIDTH, seed=1)
     torch.testing.assert_close(layers.dot(x, weights), torch.einsum("trsd,td->trs", x, weights))
     torch.testing.assert_close(layers.dot(x, weights[0]), x @ weights[0])
@@ -208,3 +210,14 @@ def test_parameters_broadcast_against_any_shape(shape):
     own = random(3, WIDTH)
     expected = torch.stack([torch.zeros(shape, dtype=torch.float64) + value for value in own])
     torch.testing.assert_close(layers.broadcast_parameter(own, expected) + torch.zeros_like(expected), expected)
+
+
+def test_normalising_has_the_first_and_second_derivatives_of_torchs():
+    x, gradient, v = (random(3, 4, WIDTH, seed=seed).requires_grad_() for seed in range(3))
+    found = []
+    for function in (lambda x: layers.Normalise.apply(x, 1e-5), lambda x: F.layer_norm(x, (WIDTH,))):
+        y = function(x)
+        [first] = torch.autograd.grad(y, x, gradient, create_graph=True)
+        found.append([y, first, *torch.autograd.grad(first.square(), (x, gradient), v)])
+    torch.testing.assert_close(*found)
+    torch.autograd.gradgradcheck(lambda x: layers.Normalise.apply(x, 1e-5), x)
