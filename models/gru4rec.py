@@ -14,7 +14,7 @@ class GRU4Rec(nn.Module):
         self.norm = LayerNorm(hidden)
 
     def encode_history(self, items, tasks):
-        states, last = encode_history(self.layers, items, tasks)
+        [(states, last)] = encode_history([self.layers], items, tasks)
         return self.norm(states), last
 
     def encode_query(self, items, memory):

@@ -205,10 +205,7 @@ class GRU(nn.Module):
 
     def forward(self, x, tasks):
         """Histories x (T, R, S, I) -> states (T, R, S, D)."""
-        gates, goes_on = self.input(x), continues(tasks)
-        if self.state.weight.dim() == 2:  # rows of all tasks are alike
-            gates, goes_on = gates.flatten(0, 1), goes_on.flatten(0, 1)
-        return GRUScan.apply(gates, goes_on, self.state.weight, self.state.bias).view(*x.shape[:-1], -1)
+        return scan([self], [x], tasks)[0]
 
     def step(self, x, state):
         """One step of queries x (T, Q, I) from the state (T, 1, D) before it: (T, Q, D)."""
@@ -219,14 +216,35 @@ class GRU(nn.Module):
         return new + update * (state - new)
 
 
-def encode_history(layers, x, tasks):
-    """Histories x (T, R, S, D) through a stack of `GRU`s: (states, each layer's state after row 0's history)."""
+def scan(grus, inputs, tasks):
+    """Histories (T, R, S, I) through `GRU`s of one size, each with an input of its own: states (T, R, S, D) of each.
+
+    All are one recurrence, because the number of operations is what it costs.
+    """
+    gates, goes_on = [gru.input(x) for gru, x in zip(grus, inputs, strict=True)], continues(tasks)
+    shape, dim = gates[0].shape, 1
+    if grus[0].state.weight.dim() == 2:  # rows of all tasks are alike
+        gates, goes_on, dim = [gate.flatten(0, 1) for gate in gates], goes_on.flatten(0, 1), 0
+    weights = [[gru.state.weight for gru in grus], [gru.state.bias for gru in grus]]
+    if len(grus) == 1:
+        states = [GRUScan.apply(gates[0], goes_on, *(each[0] for each in weights))]
+    else:
+        gates, weight, bias = (torch.stack(each, dim) for each in (gates, *weights))
+        states = GRUScan.apply(gates, goes_on.unsqueeze(dim), weight, bias).unbind(dim)
+    return [state.view(*shape[:-1], -1) for state in states]
+
+
+def encode_history(stacks, x, tasks):
+    """Histories x (T, R, S, D) through stacks of `GRU`s, all of as many layers.
+
+    For each stack: (states, each layer's state after row 0's history).
+    """
     at_last = torch.arange(x.shape[2], device=x.device) == tasks.n_support[:, None] - 1  # nowhere without a history
-    last = []
-    for layer in layers:
-        x = layer(x, tasks)
-        last.append((x[:, 0] * at_last[..., None]).sum(1, keepdim=True))
-    return x, tuple(last)
+    states, last = [x] * len(stacks), []
+    for layers in zip(*stacks, strict=True):
+        states = scan(layers, states, tasks)
+        last.append([(state[:, 0] * at_last[..., None]).sum(1, keepdim=True) for state in states])
+    return list(zip(states, zip(*last, strict=True), strict=True))
 
 
 def encode_query(layers, x, last):

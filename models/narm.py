@@ -23,8 +23,7 @@ class NARM(nn.Module):
         self.norm = LayerNorm(hidden)
 
     def encode_history(self, items, tasks):
-        state, last_global = encode_history(self.globals, items, tasks)
-        local, last_local = encode_history(self.locals, items, tasks)
+        (state, last_global), (local, last_local) = encode_history([self.globals, self.locals], items, tasks)
         past = self.at_past(local)
         weights = self.history_weights(self.at_target(local), past, history_mask(tasks, causal=True))
         memory = last_global, last_local, past[:, 0], local[:, 0], query_mask(tasks)[:, None]

@@ -20,6 +20,11 @@ def outer(left, right):
     return left.flatten(-3, -2).mT @ right.flatten(-3, -2)
 
 
+def add_product(out, left, right):
+    """Add left (..., R, I) times right (..., I, O) to out (..., R, O), in one operation."""
+    out.flatten(0, -3).baddbmm_(left.flatten(0, -3), right.flatten(0, -3)) if out.dim() > 2 else out.addmm_(left, right)
+
+
 def shift(states, goes_on):
     """The states (..., S, D) before each step: those of the step before, or 0 where a window starts."""
     return F.pad(states[..., :-1, :], (0, 0, 1, 0)) * goes_on[..., None]
@@ -48,7 +53,7 @@ class GRUScan(Function):
         )
         for all_gates, r_z, s_n, r, z, x_n, on, out in steps:
             before = state * on
-            all_gates.add_(before @ weights)
+            add_product(all_gates, before, weights)
             r_z.sigmoid_()
             state = torch.lerp(torch.addcmul(x_n, r, s_n).tanh_(), before, z, out=out)
         states = states.movedim(0, -2).contiguous()
@@ -92,7 +97,7 @@ class Solve(Function):
         if transposed:
             for v, following, part, z_t in reversed(list(zip(states, states[1:], parts[1:], direct[1:], strict=False))):
                 gates = (part * following[..., None, :]).flatten(-2)
-                v.addcmul_(z_t, following).add_(gates @ weight)
+                add_product(v.addcmul_(z_t, following), gates, weight)
         else:
             for v, previous, part, z_t in zip(states[1:], states, parts[1:], direct[1:], strict=False):
                 gates = (previous @ weights).unflatten(-1, (-1, size))

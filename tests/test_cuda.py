@@ -13,10 +13,7 @@ from models import checkpoint
 from training import graphs
 from training import run as runs
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")]
 FORMS = [{}, {"adapt": "all", "loss_network": "lstm"}, {"loss_network": "metal"}]
 FIRST_ORDER = {"use_multi_step": False, "use_adaptive_loss": False}
 SAMPLE = (

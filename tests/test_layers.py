@@ -99,7 +99,7 @@ def test_stacked_grus_equal_torch():
     copy([part for gru in ours for part in (gru.input, gru.state)], [getattr(theirs, name) for name in names])
     tasks = lay_out([[LENGTH]], width=LENGTH + 2)
     history, query = random(1, 1, LENGTH + 2, WIDTH), random(1, 3, WIDTH, seed=1)
-    states, last = layers.encode_history(ours, history, tasks)
+    [(states, last)] = layers.encode_history([ours], history, tasks)
     after = layers.encode_query(ours, query, last)
     torch.testing.assert_close(states[0, :, :LENGTH], theirs(history[0, :, :LENGTH])[0])
     for place in range(3):
@@ -146,7 +146,7 @@ def test_windows_of_one_row_do_not_continue_each_other():
 def test_query_without_history_is_a_first_step():
     gru, query = jitter(layers.GRU(WIDTH, WIDTH)), random(1, 2, WIDTH)
     tasks = lay_out([[LENGTH]])._replace(n_support=torch.tensor([0]))
-    after = layers.encode_query([gru], query, layers.encode_history([gru], random(1, 1, LENGTH, WIDTH), tasks)[1])
+    after = layers.encode_query([gru], query, layers.encode_history([[gru]], random(1, 1, LENGTH, WIDTH), tasks)[0][1])
     torch.testing.assert_close(after, gru.step(query, torch.zeros(1, 1, WIDTH, dtype=torch.float64)))
 
 
