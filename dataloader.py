@@ -194,35 +194,43 @@ def assemble(sequences, start, n_support, windows, queries, options):
 
     `windows` are those of `support_windows`; `queries` are items (T, Q), ratings (T, Q) and a mask (T, Q).
     """
-    window_start, length = windows
+    window_start, length, layout = windows
     query_items, query_ratings, query = queries
     longest = options.max_seq_len - 1
+
+    # Where each position of a layout comes from: a place `at` in the support
     length, times = keep_longest(window_start, length, keeps_longest(options))
     row, column = pack(length, longest)
-    shape = (len(start), 1 + row.max(), longest)
-
-    task, window, inside = positions(length)
-    source = start[task] + window_start[task, window] + inside
-    place = task, row[task, window], column[task, window] + inside
+    number, window, inside = positions(length)
+    place = number, row[number, window], column[number, window] + inside
 
     def laid_out(values, dtype):
-        out = np.zeros(shape, dtype)
+        out = np.zeros((len(length), 1 + row.max(), longest), dtype)
         out[place] = values
-        return out
+        return out[layout]
 
-    items = laid_out(sequences.items[source], np.int64)
-    every = np.concatenate([items.reshape(len(start), -1), query_items], axis=1)
-    table, slots = task_tables(every, 1 + longest + query_items.shape[1])
-    split = items[0].size
+    at = laid_out(window_start[number, window] + inside, np.int64)
+    segment = laid_out(window + 1, np.int64)
+
+    # The supports (T, S), and from them the rows of all windows (T, R, S)
+    task, inner = (np.arange(longest) < n_support[:, None]).nonzero()
+    items, ratings = np.zeros((len(start), longest), np.int64), np.zeros((len(start), longest), np.float32)
+    items[task, inner] = sequences.items[start[task] + inner]
+    ratings[task, inner] = sequences.ratings[start[task] + inner]
+    table, slots = task_tables(np.concatenate([items, query_items], axis=1), 1 + longest + query_items.shape[1])
+
+    def in_rows(values):
+        return np.take_along_axis(values, at.reshape(len(at), -1), 1).reshape(at.shape) * (segment > 0)
+
     arrays = Tasks(
         table=table,
-        items=slots[:, :split].reshape(shape),
-        ratings=laid_out(sequences.ratings[source], np.float32),
-        segment=laid_out(window + 1, np.int64),
-        position=laid_out(length[task, window] - inside, np.int64),
-        times=laid_out(times[task, window_start[task, window], inside], np.float32),
+        items=in_rows(slots[:, :longest]),
+        ratings=in_rows(ratings),
+        segment=segment,
+        position=laid_out(length[number, window] - inside, np.int64),
+        times=laid_out(times[number, window_start[number, window], inside], np.float32),
         n_support=n_support,
-        query_items=slots[:, split:],
+        query_items=slots[:, longest:],
         query_ratings=query_ratings.astype(np.float32),
         query=query,
         query_weight=sequences.weights[nearest_level(query_ratings, sequences.levels)].astype(np.float32),
@@ -232,11 +240,15 @@ def assemble(sequences, start, n_support, windows, queries, options):
 
 
 def support_windows(n_support, options, rng=None):
-    """Up to `num_samples` distinct windows of each support: (start, length), each (T, W); length 0 is padding.
+    """Up to `num_samples` distinct windows of each support: (start (L, W), length (L, W), layout (T,)).
 
-    Window 0 is the whole support. Windows are numbered by falling length, so that number i lacks
-    d = floor((sqrt(8 i + 1) - 1) / 2) ratings. Without `rng` the numbers lie at equal distances.
+    A support has the windows of its layout; length 0 is padding. Window 0 is the whole support. Windows are numbered by
+    falling length, so that number i lacks d = floor((sqrt(8 i + 1) - 1) / 2) ratings. Without `rng` the numbers lie at
+    equal distances, so that supports of one length have one layout.
     """
+    layout = np.arange(len(n_support))
+    if rng is None or options.num_samples == 1:
+        n_support, layout = np.unique(n_support, return_inverse=True)
     shortest = np.minimum(options.min_sub_window_size, np.maximum(n_support, 1))
     kinds = n_support - shortest + 1
     total = kinds * (kinds + 1) // 2
@@ -252,7 +264,7 @@ def support_windows(n_support, options, rng=None):
         number = np.where(np.take_along_axis(keys, number, 1) < 2, number, -1)
     lacking = ((np.sqrt(8 * np.maximum(number, 0) + 1) - 1) // 2).astype(np.int64)
     length = np.where(number >= 0, n_support[:, None] - lacking, 0)
-    return np.maximum(number, 0) - lacking * (lacking + 1) // 2, length
+    return np.maximum(number, 0) - lacking * (lacking + 1) // 2, length, layout
 
 
 def keeps_longest(options):

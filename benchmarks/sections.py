@@ -95,14 +95,15 @@ def operations(bench):
 
 def users_a_second(bench):
     """Adapting to users and predicting their last ratings, tasks built in the time."""
-    rows, sequences, users = [], measure.synthetic(bench.users), np.arange(bench.users)
+    n_users = bench.users * (16 if bench.device.type == "cuda" else 1)
+    rows, sequences, users = [], measure.synthetic(n_users), np.arange(n_users)
     for name, options, _ in cases(bench):
         system, least = measure.build(options, bench), 20_000 if bench.device.type == "cuda" else 300
         seconds = measure.medians(
             bench, lambda s=system, o=options: evaluate.predict(s, dataloader.last_tasks(sequences, users, o))
         )
         target = f"at least {least}" if options.model == "bert4rec" else ""
-        rows.append((name, bench.users / seconds[0], "users/s", target))
+        rows.append((name, n_users / seconds[0], "users/s", target))
     return rows
 
 

@@ -121,9 +121,12 @@ class Scored(NamedTuple):
 @torch.no_grad()
 def predict(system, tasks):
     """Standardised predictions (T, K + 1, Q) of each task's queries after 0..K inner steps; nan where there is none."""
-    found = np.full((len(tasks.table), system.options.num_inner_steps + 1, tasks.query.shape[1]), np.nan)
-    for numbers, part in dataloader.parts(tasks, system.scale.device, chunk=system.options.task_chunk):
-        found[numbers] = system(part.to(system.scale.device)).cpu().numpy()
+    device, shape = system.scale.device, (len(tasks.table), system.options.num_inner_steps + 1, tasks.query.shape[1])
+    found = np.full(shape, np.nan)
+    parts = dataloader.parts(tasks, device, chunk=system.options.task_chunk)
+    predicted = [(numbers, system(part.to(device))) for numbers, part in parts]  # a GPU is waited for once, below
+    for numbers, values in predicted:
+        found[numbers] = values.cpu().numpy()
     return found
 
 

@@ -97,7 +97,8 @@ def test_rare_levels_of_a_fine_scale_weigh_more():
 def drawn(n_support, options, seed=None):
     """The windows of each support as a list of (start, length)."""
     rng = None if seed is None else np.random.default_rng(seed)
-    starts, lengths = dataloader.support_windows(np.array(n_support), options, rng)
+    starts, lengths, layout = dataloader.support_windows(np.array(n_support), options, rng)
+    starts, lengths = starts[layout], lengths[layout]
     return [[(s, n) for s, n in zip(*pair, strict=True) if n] for pair in zip(starts, lengths, strict=True)]
 
 

@@ -255,7 +255,7 @@ def settle(run):
 
 @torch.no_grad()
 def move_average(run, skip):
-    """Move the running mean of the weights, unless the tensor `skip` holds; the plain head has no mean, as published."""
+    """Move the running mean of the weights, unless the tensor `skip` holds; as published, the plain head has none."""
     decay = AVERAGE if run.options.head == "joint" and run.loop["iteration"] else 0.0
     weight = (1 - decay) * ~skip
     for mean, value in zip(run.average.parameters(), run.system.parameters(), strict=True):
