@@ -205,7 +205,7 @@ def is_to_grow(folder, options):
     if state is None:
         return False
     kept, wanted = state["options"], option_module.as_stored(options)
-    if wanted["num_train_iterations"] is None:  # pretrain.py counts them by --pretrain_epochs
+    if wanted["num_train_iterations"] is None:  # counted from the data's size
         wanted["num_train_iterations"] = kept["num_train_iterations"]
     try:
         option_module.check_resume(kept, wanted)

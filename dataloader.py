@@ -19,6 +19,7 @@ from utils import UserError, random_stream
 AT_ONCE = {"adapt": 5000, "predict": 27_000}  # positions of a part whose arrays a processor's cache holds
 ON_GPU = 1 << 20  # positions of a part on a GPU, where the number of operations is what counts
 ROWS = 4  # of a part that a GPU adapts to, or a multiple of it
+EPOCHS, LEAST_ITERATIONS = 12, 150  # of a training whose --num_train_iterations is not given
 FOLDS = 4  # of the training users; each meets item tables that were fitted without it
 
 
@@ -103,12 +104,12 @@ def split_users(n_users, options):
             raise UserError(f"--num_folds={options.num_folds} is more than the {n_users} users; lower it")
         test = np.array_split(rng.permutation(n_users), options.num_folds)[options.fold]
     else:
-        if options.num_test_data > n_users - 2:
+        n_test = options.num_test_data or min(1000, max(1, n_users // 6))
+        if n_test > n_users - 2:
             raise UserError(
-                f"--num_test_data={options.num_test_data} leaves too few of the {n_users} users to train and "
-                "validate on; lower it"
+                f"--num_test_data={n_test} leaves too few of the {n_users} users to train and validate on; lower it"
             )
-        test = rng.choice(n_users, options.num_test_data, replace=False)
+        test = rng.choice(n_users, n_test, replace=False)
     rest = np.setdiff1d(np.arange(n_users), test)
     rest = np.random.RandomState([options.random_seed, 1]).permutation(rest)
     n_train = min(max(1, round(0.85 * len(rest))), len(rest) - 1)
@@ -133,8 +134,10 @@ def standardise(ratings, train, balance=0.0):
 
 
 def count_iterations(options, problem):
-    """The iterations that --pretrain_epochs takes."""
-    return math.ceil(options.pretrain_epochs * len(problem.train) / options.batch_size)
+    """The iterations where --num_train_iterations is not given: tasks enough for EPOCHS or --pretrain_epochs."""
+    meta = options.num_inner_steps > 0
+    count = math.ceil((EPOCHS if meta else options.pretrain_epochs) * len(problem.train) / options.batch_size)
+    return max(LEAST_ITERATIONS, count) if meta else count
 
 
 def usable_users(sequences, users):
@@ -150,8 +153,9 @@ def sample_tasks(sequences, users, options, *stream):
     """Draw `batch_size` training tasks; the same (random_seed, stream) draws the same tasks.
 
     A task is a random part of a random user's sequence. The support has all the ratings that fit in a share of
-    `full_support` of the tasks and a random number of them in the others. The one to `num_query_set` ratings that
-    follow are the queries; each is to be rated as the next one after the support.
+    `full_support` of the tasks. In the others it has a random number of them, from none on and short ones more often,
+    as new users have. The one to `num_query_set` ratings that follow are the queries; each is to be rated as the next
+    one after the support.
     """
     rng = random_stream(options.random_seed, *stream)
     count, longest = options.batch_size, options.max_seq_len - 1
@@ -159,7 +163,7 @@ def sample_tasks(sequences, users, options, *stream):
     length = sequences.offsets[user + 1] - sequences.offsets[user]
     n_query = np.minimum(rng.integers(1, options.num_query_set + 1, size=count), length - 1)
     most = np.minimum(longest, length - n_query)
-    cut = rng.integers(1, most + 1)
+    cut = ((most + 2) ** rng.random(count)).astype(np.int64) - 1  # 0 to `most`, uniform in the logarithm of cut + 1
     n_support = np.where(rng.random(count) < options.full_support, most, cut)
     start = sequences.offsets[user] + rng.integers(0, length - n_support - n_query + 1)
     windows = support_windows(n_support, options, rng)

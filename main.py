@@ -44,7 +44,7 @@ def train(opts, folder):
     # Data: users' ratings in time order, who is trained, validated and tested on
     with utils.naming_what_to_lower(opts, "reading"), distributed.first_of_machine_first():
         problem = dataloader.load_problem(opts)
-    if opts.num_train_iterations is None:  # pretrain.py counts epochs
+    if opts.num_train_iterations is None:
         opts.num_train_iterations = dataloader.count_iterations(opts, problem)
 
     # System: learner, inner rates and loss network of each member, and the running mean of all of them

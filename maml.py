@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
@@ -36,14 +37,13 @@ def adapt(member, tasks, tables, second_order):
     way = AdaptAll if adapts_all else AdaptHead
     user = way(member.learner, tasks, tables, second_order)
     theta, thetas, support = user.theta, [user.theta], []
-    share = tasks.times / loss_network.sum_per_task(tasks.times).clamp_min(1)  # of the mean over all windows
-    alpha = member.rates(user.shapes, tasks.n_support.to(theta.dtype))  # (K, T, P)
+    alpha, direction = member.rates(user, tasks)  # (K, T or 1, P), and a function
     prepared = member.loss_network.prepare(tasks)
     for step in range(member.options.num_inner_steps):
         predicted = user.predict_support(theta)  # (1): (T, R, S)
-        slope = member.loss_network(prepared, step, predicted, tasks) * share  # (2): dL / dpredicted, (T, R, S)
+        slope = member.loss_network(prepared, step, predicted, tasks) * tasks.times  # (2): dL / dpredicted, (T, R, S)
         gradient = user.vjp(predicted, slope)  # (3): (T, P)
-        theta = theta - alpha[step] * gradient  # (4): (T, P)
+        theta = theta - alpha[step] * direction(gradient, theta)  # (4): (T, P)
         thetas.append(theta)
         support.append(predicted)
     return Adapted(split(theta, user.shapes), user.predict_queries(thetas), support)
@@ -64,6 +64,11 @@ class AdaptHead:
     def vjp(self, predicted, slope):
         gradient = torch.bmm(slope.flatten(1)[:, None], self.features)[:, 0]
         return gradient if self.second_order else gradient.detach()
+
+    def gram(self, times):
+        """Sums (T, P, P) of the support features' products, each counted `times` (T, R, S)."""
+        gram = (self.features * times.flatten(1)[..., None]).mT @ self.features
+        return gram if self.second_order else gram.detach()
 
     def predict_queries(self, thetas):
         at_zero, features = self.query_features[..., 0], self.query_features[..., 1:]
@@ -143,38 +148,91 @@ def look_up(learner, tasks, shifts=None, sparse=False):
 # meta-parameters
 
 
-class InnerRates(nn.Module):
-    """The inner learning rates alpha of each step, positive because kept as logarithms.
+LEAST_DOUBT = 1e-6  # for its logarithm
+STATE_DAMPING = 1000.0  # first lambda of the state's weight, in ratings: at the start it hardly moves
 
-    There is one for each element of the head, or for each tensor where every parameter adapts. A step is theta <- theta
-    - alpha * gradient / (n + lambda), with the gradient summed over n support ratings and a learned lambda, which keeps
-    users with few ratings near the start. lambda = 0 is the mean loss.
+
+class InnerRates(nn.Module):
+    """The inner learning rates alpha and dampings lambda, learned and kept as logarithms.
+
+    In the default head, whose predictions are linear in theta, a step is
+
+        theta <- theta - alpha A^-1 (gradient + d (theta - theta_0)),    A = X^T X + diag(d),    d = lambda + n c
+
+    with the gradient summed over the support, the support's features X (n, P) and the start theta_0. With alpha = 1 and
+    the squared error the first step ends at the ridge regression of the user's ratings: the mean of their posterior
+    under the factor analysis of the training users. Lambda starts there, at the noise's variance over the users', and
+    the doubt c at the mean variance of the items' factors, which few training users leave uncertain.
+
+    Else a step is theta <- theta - alpha * gradient / (n + lambda). lambda = 0 is the mean loss.
     """
 
-    def __init__(self, learner, options, item_counts=None):
-        """`item_counts` (n_items,) are the training ratings of each item, from which curvatures are estimated."""
+    def __init__(self, learner, options, user=None):
+        """`user`, a `factor_analysis.Factors`, has the first lambda and c of the user's bias and vector."""
         super().__init__()
-        self.log_rate, self.log_damping = nn.ParameterDict(), nn.ParameterDict()
+        self.log_rate, self.log_damping, self.log_doubt = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.of_posterior = options.adapt == "head" and options.head == "joint"
         names = learner.head.adapted if options.adapt == "head" else [name for name, _ in learner.named_parameters()]
+        steps = options.num_inner_steps
         for name in names:
-            curvature = feature_curvature(learner, name, item_counts)
-            if options.adapt == "all":
-                curvature = curvature.mean()
-            self.log_rate[key(name)] = per_step(options.inner_lr / curvature, options)
-            if options.inner_damping > 0:
-                self.log_damping[key(name)] = per_step(options.inner_damping / curvature, options)
+            start = torch.ones(()) if options.adapt == "all" else torch.ones_like(learner.get_parameter(name))
+            self.log_rate[key(name)] = per_step(start * (1.0 if self.of_posterior else options.inner_lr), steps)
+            if self.of_posterior:
+                damping, doubt = (start * value for value in first_damping(name, options, user))
+                self.log_damping[key(name)], self.log_doubt[key(name)] = per_step(damping, 1), per_step(doubt, 1)
+            elif options.inner_damping > 0:
+                self.log_damping[key(name)] = per_step(start * options.inner_damping, steps)
         self.requires_grad_(options.use_learnable_params)
 
-    def forward(self, shapes, count):
-        """What multiplies the gradient of the mean loss in parameters {name: shape} laid end to end: (K, T or 1, P).
+    def forward(self, user, tasks):
+        """The rates (K, T or 1, P) of adapting to a `user`, and a function from gradient and theta to the direction.
 
-        `count` (T,) is the number of support ratings.
+        The gradient is that of the loss summed over the support.
         """
-        rate = lay_out(self.log_rate, shapes)
-        if not self.log_damping:
-            return rate
-        count = count[:, None]
-        return rate * (count / (count + lay_out(self.log_damping, shapes)))
+        rate = lay_out(self.log_rate, user.shapes)
+        count = loss_network.sum_per_task(tasks.times).flatten(1)  # (T, 1), over all windows
+        if self.of_posterior and len(rate):
+            damping = lay_out(self.log_damping, user.shapes)[0] + count * lay_out(self.log_doubt, user.shapes)[0]
+            inverse = Inverse.apply(user.gram(tasks.times) + damping.diag_embed())
+            return rate, lambda g, theta: (inverse @ (g + damping * (theta - user.theta))[..., None])[..., 0]
+        count = count.clamp_min(1)
+        if self.log_damping and len(rate):
+            n_support = tasks.n_support.to(rate.dtype)[:, None]
+            rate = rate * (n_support / (n_support + lay_out(self.log_damping, user.shapes)))
+        return rate, lambda g, theta: g / count
+
+
+class Inverse(torch.autograd.Function):
+    """Inverses of positive definite matrices (T, P, P), whose gradient takes half as long as that of torch.linalg.inv.
+
+    It has no second derivative, and needs none: the inner loop does not differentiate it.
+    """
+
+    @staticmethod
+    def forward(ctx, matrices):
+        root = torch.linalg.cholesky_ex(matrices)[0]  # unlike others it waits for no GPU, nor does what follows
+        one = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
+        half = torch.linalg.solve_triangular(root, one, upper=False)
+        inverse = half.mT @ half
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (inverse,) = ctx.saved_tensors
+        return -(inverse @ gradient @ inverse)
+
+
+def first_damping(name, options, user):
+    """The first lambda of a parameter of the default head, in ratings, and its c."""
+    if name == "head.state_weight":
+        return STATE_DAMPING, LEAST_DOUBT
+    if user is None:
+        return options.inner_damping, LEAST_DOUBT
+    of_name = 0 if name == "head.user_bias" else slice(1, None)
+    damping, doubt = (torch.as_tensor(values[of_name], dtype=torch.float32) for values in (user.damping, user.doubt))
+    return damping, doubt.clamp_min(LEAST_DOUBT)
 
 
 def key(name):
@@ -182,9 +240,9 @@ def key(name):
     return name.replace(".", "/")
 
 
-def per_step(start, options):
+def per_step(start, steps):
     """A trainable logarithm of `start` (...) for each inner step (K, ...)."""
-    return nn.Parameter(start.log().repeat(options.num_inner_steps, *(1,) * start.dim()))
+    return nn.Parameter(start.detach().log().repeat(steps, *(1,) * start.dim()))
 
 
 def lay_out(logs, shapes):
@@ -193,32 +251,24 @@ def lay_out(logs, shapes):
     return torch.cat([row.expand(-1, size) for row, size in rows], 1).exp()[:, None]
 
 
-def feature_curvature(learner, name, item_counts):
-    """Mean square of what a parameter multiplies in the prediction, the scale of the loss's curvature in it.
-
-    Rates that start at its inverse let all directions converge alike, as a diagonal Newton step would.
-    """
-    if name == "head.user_vector" and item_counts is not None:
-        share = (item_counts / item_counts.sum())[:, None]
-        return (learner.item_factor.detach()[1:].square() * share).sum(0).clamp_min(1e-4)
-    return torch.ones_like(learner.get_parameter(name).detach())
-
-
 class MetaLearner(nn.Module):
     """One member's meta-parameters: the learner's initialisation, the inner rates and the loss network.
 
     With `num_inner_steps=0` it is the plain learner (Basic), which does not adapt.
     """
 
-    def __init__(self, n_items, options, scale, item_counts=None, start=None):
-        """`scale` is (mean, std, low, high) of the ratings; `start`, item tables {name: (n_items, width)}."""
+    def __init__(self, n_items, options, scale, start=None):
+        """`scale` is (mean, std, low, high) of the ratings; `start`, an `item_tables.Fit`."""
         super().__init__()
         self.options = options
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
         self.learner = Learner(n_items, options)
         if start is not None:
-            self.learner.start_items(start)
-        self.rates = InnerRates(self.learner, options, item_counts)
+            self.learner.start_items(start.whole)
+            self.learner.head.start_user(start.user.centre)
+        for table in self.learner.tables().values():
+            table.requires_grad_(options.item_lr > 0)
+        self.rates = InnerRates(self.learner, options, None if start is None else start.user)
         mean, std, low, high = scale
         self.loss_network = loss_network.build(options, ((low - mean) / std, (high - mean) / std))
 
@@ -248,15 +298,11 @@ class Ensemble(nn.Module):
     left in them, so that their mean has the lower error.
     """
 
-    def __init__(self, n_items, options, scale, item_counts=None, starts=None):
-        """`starts` holds each member's `start`; the other arguments are those of `MetaLearner`."""
+    def __init__(self, n_items, options, scale, start=None):
+        """The arguments are those of `MetaLearner`."""
         super().__init__()
-        starts = starts or [None] * options.members
         self.options = options
-        self.members = nn.ModuleList(
-            MetaLearner(n_items, own, scale, item_counts, start)
-            for own, start in zip(member_options(options), starts, strict=True)
-        )
+        self.members = nn.ModuleList(MetaLearner(n_items, own, scale, start) for own in member_options(options))
 
     @property
     def scale(self):
@@ -287,16 +333,14 @@ def member_options(options):
 def build_system(problem, options):
     """A fresh `Ensemble` and, for training, each member's shifts of the item tables (see `look_up`) or None.
 
-    With --head=joint the item tables start from the training users' ratings.
+    With --head=joint item tables, users and dampings start from the training users' ratings, the same for all members.
     """
-    n_items, members = len(problem.ratings.item_ids), member_options(options)
+    n_items = len(problem.ratings.item_ids)
     scale = (problem.mean, problem.std, problem.ratings.low, problem.ratings.high)
     if options.head == "plain":
-        return Ensemble(n_items, options, scale), [None] * len(members)
-    fits = [item_tables.fit(problem.sequences, problem.train, n_items, own) for own in members]
-    counts = torch.from_numpy(item_tables.count_ratings(problem.sequences, problem.train, n_items)).float()
-    system = Ensemble(n_items, options, scale, counts, [fit.whole for fit in fits])
-    return system, [fit.shifts for fit in fits]
+        return Ensemble(n_items, options, scale), [None] * options.members
+    fit = item_tables.fit(problem.sequences, problem.train, n_items, options)
+    return Ensemble(n_items, options, scale, fit), [fit.shifts] * options.members
 
 
 def restore_system(n_items, options, state, source):

@@ -51,18 +51,6 @@ PAPER_FORM = {
 }  # fmt: skip
 
 
-# Chosen on validation users of each data set; see results/EXPERIMENTS.md.
-DATA_DEFAULTS = {
-    "amazon": {
-        "num_train_iterations": 800, "outer_lr": 3e-4, "item_lr": 1e-4, "num_factors": 1, "factor_prior": 10.0,
-        "members": 3, "balance": 0.05,
-    },
-    "ml-100k": {"factor_prior": 20.0, "num_test_data": 150},
-    "ml-latest-small": {"num_test_data": 100},
-    "sample": {"num_test_data": 150},
-}  # fmt: skip
-
-
 class Parser(argparse.ArgumentParser):
     """Refuses abbreviations, and reports a wrong option as one sentence without the usage text."""
 
@@ -189,7 +177,7 @@ def add_data_options(parser):
 def add_split_options(parser):
     add = group(parser, "split of users")
     add("random_seed", 222, count(0, 2**32 - 2), "seed of the split and of all sampling")
-    add("num_test_data", 1000, count(), "number of test users, where --fold is -1")
+    add("num_test_data", 0, count(0), "number of test users, where --fold is -1; 0 = a sixth, at most 1,000")
     add("fold", -1, count(-1), "test on this fold of --num_folds; -1 = draw --num_test_data users instead")
     add("num_folds", 6, count(2), "number of folds that all users are divided into")
     add("val_size", 1000, count(), "validate on at most this many validation users")
@@ -205,7 +193,7 @@ def add_task_options(parser):
     add("num_samples", 1, count(1, 1000), "support windows of a task; the first is the whole support")
     add("min_sub_window_size", 2, count(1, 10_000), "fewest ratings in a support window")
     add("num_query_set", 10, count(1, 10_000), "most queries of a task in training; evaluation has the last rating")
-    add("full_support", 0.5, real(0, 1), "share of training tasks that get their whole support; others get a part")
+    add("full_support", 0.25, real(0, 1), "share of training tasks with their whole support; others have part of it")
 
 
 def add_learner_options(parser):
@@ -214,8 +202,7 @@ def add_learner_options(parser):
     add("model", "bert4rec", str, "sequence encoder", choices=list(LEARNERS))
     heads = {"choices": ["joint", "plain"]}
     add("head", "joint", str, "joint: effects, factors and sequence state; plain: the state alone", **heads)
-    add("num_factors", 16, count(1, 256), "width of item factors and user vector (joint head)")
-    add("factor_prior", 10.0, real(1e-6), "pseudo-ratings that shrink the factors of each item to 0")
+    add("num_factors", 16, count(1, 256), "most item factors (joint head); those that ratings do not support vanish")
     add("model_init_seed", 5, count(0, 2**32 - 1), "seed of the initial weights")
     add("bert_num_blocks", 2, layers, "blocks of BERT4Rec and SASRec")
     add("bert_num_heads", 4, units, "attention heads of BERT4Rec and SASRec")
@@ -233,11 +220,11 @@ MOST_TASKS = 1 << 16  # of an iteration; more would take minutes before the firs
 
 def add_inner_options(parser):
     add = group(parser, "inner loop")
-    add("num_inner_steps", 5, count(0, 1000), "gradient steps on a user's support ratings; 0 = none (pretrain.py)")
+    add("num_inner_steps", 3, count(0, 1000), "gradient steps on a user's support ratings; 0 = none (pretrain.py)")
     add("adapt", "head", str, "the steps change the head's user parameters or everything", choices=["head", "all"])
-    add("inner_lr", 0.05, POSITIVE, "first value of the inner rates, in units of the inverse curvature")
+    add("inner_lr", 0.05, POSITIVE, "first value of the inner rates; it is 1 where the joint head alone adapts")
     add("use_learnable_params", True, bool, "learn the inner rates and dampings")
-    add("inner_damping", 4.0, real(), "first value of lambda in gradient / (n + lambda), in ratings; 0 = mean loss")
+    add("inner_damping", 4.0, real(), "the same of lambda in gradient / (n + lambda), in ratings; 0 = mean loss")
     add("use_second_order", None, bool, "differentiate through the steps; default: unless it is FO-MAML")
     add("use_multi_step", True, bool, "multi-step loss: score queries after every inner step, annealed to the last")
     add("multi_step_loss_num_epochs", 300, count(), "iterations over which the multi-step loss is annealed")
@@ -263,14 +250,14 @@ def add_loss_options(parser):
 
 def add_outer_options(parser):
     add = group(parser, "outer loop")
-    add("num_train_iterations", 400, count(0), "meta-iterations")
+    add("num_train_iterations", None, count(0), "meta-iterations; default: 12 tasks per training user, at least 150")
     add("batch_size", 128, count(1, MOST_TASKS), "tasks an iteration")
     add("task_chunk", 0, count(0, MOST_TASKS), "tasks in memory at once; 0 = as many as the processor's cache holds")
     add("outer_lr", 3e-3, POSITIVE, "learning rate of the learner, which falls as a cosine")
     add("min_outer_lr", 1e-4, RATE, "the value it falls to; all other rates fall in proportion")
-    add("item_lr", 3e-4, RATE, "learning rate of the item tables")
+    add("item_lr", None, RATE, "learning rate of the item tables; default: 0 for the joint head, else 3e-4")
     add("learn_lr", 1e-2, RATE, "learning rate of the inner rates")
-    add("loss_lr", 1e-2, RATE, "learning rate of the mlp and metal loss networks")
+    add("loss_lr", 3e-3, RATE, "learning rate of the mlp and metal loss networks")
     add("task_info_lr", 1e-2, RATE, "learning rate of the metal loss's shift for the task")
     add("lstm_lr", 1e-2, RATE, "learning rate of the lstm loss network")
     add("members", 1, count(1, 64), "learners trained side by side, each with its own seed; predictions are their mean")
@@ -362,7 +349,7 @@ def read(description, argv=None, **defaults):
     chosen, _ = first.parse_known_args(argv)
     parser = build_parser(description)
     form = PAPER_FORM if chosen.paper_form else {}
-    parser.set_defaults(**{**DATA_DEFAULTS.get(chosen.mode, {}), **form, **defaults})
+    parser.set_defaults(**{**form, **defaults})
     return parser.parse_args(argv)
 
 
@@ -486,6 +473,8 @@ def check(options):
     if options.min_outer_lr > options.outer_lr:
         start = "outer_lr" if options.num_inner_steps else "pretraining_lr"
         raise UserError(f"--min_outer_lr={options.min_outer_lr} must not be above --{start}={options.outer_lr}")
+    if options.item_lr is None:
+        options.item_lr = 0.0 if options.head == "joint" else 3e-4
     if options.use_second_order is None:
         options.use_second_order = options.use_multi_step or options.use_adaptive_loss
 

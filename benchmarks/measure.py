@@ -43,7 +43,7 @@ def settings(form, bench, *more):
 
 def build(options, bench, n_items=2500):
     """A system on the device, moved off its initialisation, where many gradients vanish."""
-    system = maml.Ensemble(n_items, options, SCALE, torch.ones(n_items))
+    system = maml.Ensemble(n_items, options, SCALE)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in system.named_parameters():

@@ -66,7 +66,7 @@ def lay_out_windows(tasks):
 
 
 def lay_out_task(task):
-    windows = list(list_windows(task.segment[0], task.times[0]))
+    windows = list(list_windows(task.segment[0], task.times[0])) or [torch.zeros(0, dtype=torch.long)]
     places = torch.zeros(1, len(windows), task.items.shape[2], dtype=torch.long)
     position = torch.zeros_like(places)
     for number, at in enumerate(windows):
@@ -106,6 +106,7 @@ def query_losses(member, task):
     learner, network, options = member.learner, member.loss_network, member.options
     theta, losses = dict(learner.named_parameters()), []
     names = learner.head.adapted if options.adapt == "head" else list(theta)
+    first = theta
     for step in range(options.num_inner_steps + 1):
         tables = {name: theta[name] for name in learner.tables()}
         support, query = functional_call(learner, theta, ("predict", task, tables))
@@ -113,17 +114,34 @@ def query_losses(member, task):
         losses.append(squared.sum() / task.query.sum())
         if step == options.num_inner_steps:
             return torch.stack(losses)
-        slope = network(network.prepare(task), step, support, task) * task.times / task.times.sum()
+        slope = network(network.prepare(task), step, support, task) * task.times
         values, second_order = [theta[name] for name in names], options.use_second_order
-        gradients = torch.autograd.grad(support, values, slope, True, second_order, allow_unused=True)
+        gradients = torch.autograd.grad(support, values, slope, True, second_order, materialize_grads=True)
+        if member.rates.of_posterior:
+            gradients = posterior_steps(member, task, tables, gradients, values, [first[name] for name in names])
         for name, gradient in zip(names, gradients, strict=True):
-            if gradient is not None:
-                theta[name] = theta[name] - inner_rate(member.rates, name, step, task.n_support) * gradient
+            theta = theta | {name: theta[name] - inner_rate(member.rates, name, step, task) * gradient}
 
 
-def inner_rate(rates, name, step, count):
-    """What multiplies the gradient of the mean loss in a parameter at an inner step."""
-    rate = rates.log_rate[maml.key(name)][step].exp()
-    if not rates.log_damping:
+def posterior_steps(member, task, tables, gradients, values, first):
+    """What the gradients become in the metric of the posterior, see `maml.InnerRates`."""
+    names = member.learner.head.adapted
+    features = member.learner.features(task, tables)[0].flatten(0, -2)[:, 1:]
+    features = features if member.options.use_second_order else features.detach()
+    gram = (features * task.times.flatten()[:, None]).T @ features
+    logs = [(member.rates.log_damping[name][0], member.rates.log_doubt[name][0]) for name in map(maml.key, names)]
+    damping = torch.cat([(first.exp() + task.times.sum() * more.exp()).flatten() for first, more in logs])
+    gradient, value, start = (torch.cat([part.flatten() for part in parts]) for parts in (gradients, values, first))
+    step = torch.linalg.solve(gram + torch.diag(damping), gradient + damping * (value - start))
+    parts = step.split([part.numel() for part in values])
+    return [part.view_as(of) for part, of in zip(parts, values, strict=True)]
+
+
+def inner_rate(rates, name, step, task):
+    """What multiplies the gradient of the loss summed over the support in a parameter at an inner step."""
+    rate, count = rates.log_rate[maml.key(name)][step].exp(), task.n_support
+    if rates.of_posterior:
         return rate
-    return rate * count / (count + rates.log_damping[maml.key(name)][step].exp())
+    if rates.log_damping:
+        rate = rate * count / (count + rates.log_damping[maml.key(name)][step].exp())
+    return rate / task.times.sum().clamp_min(1)

@@ -27,37 +27,41 @@ class Fit(NamedTuple):
     shifts: (
         dict  # {name: (FOLDS + 1, n_items + 1, width)} what to add for the users of each fold; rows from catalogue 0
     )
+    user: factor_analysis.Factors  # `centre` and `damping` are those of the training users' biases and vectors
 
 
 def fit(sequences, users, n_items, options):
     """`Fit` of item effects, factors and embeddings to the ratings of the training `users`.
 
-    Fold f has the users whose number is f - 1 modulo FOLDS; fold 0 has nobody, and zeros. The tables without a fold are
-    turned so that they lie closest to the whole ones.
+    Fold f has the users whose number is f - 1 modulo FOLDS; fold 0 has nobody, and zeros.
     """
-    whole = fit_tables(sequences, users, n_items, options)
+    folds = FOLDS if len(np.unique(users % FOLDS)) > 1 else 0
+    found, apart = factor_analysis.fit(sequences, users, n_items, options.num_factors, folds)
+    embeddings = embed_apart(sequences, users, n_items, hidden_size(options), folds)
+    whole, *without = [
+        {
+            "item_effect": factors.effect[:, None],
+            "item_factor": factors.factor,
+            "item_audience": factors.audience[:, None],
+            "item_embedding": embedding,
+        }
+        for factors, embedding in zip([found, *apart], embeddings, strict=True)
+    ]
     shifts = {name: np.zeros((FOLDS + 1, n_items + 1, table.shape[1]), np.float32) for name, table in whole.items()}
-    for fold in range(FOLDS):
-        others = users[users % FOLDS != fold]
-        if 0 < len(others) < len(users):
-            for name, table in fit_tables(sequences, others, n_items, options).items():
-                turn, _ = linalg.orthogonal_procrustes(table, whole[name])
-                shifts[name][fold + 1, 1:] = table @ turn - whole[name]
-    return Fit(whole, {name: torch.from_numpy(shift) for name, shift in shifts.items()})
+    for fold, tables in enumerate(without):
+        for name, table in tables.items():
+            shifts[name][fold + 1, 1:] = table - whole[name]
+    return Fit(whole, {name: torch.from_numpy(shift) for name, shift in shifts.items()}, found)
 
 
-def fit_tables(sequences, users, n_items, options):
-    """Item effects, factors and embeddings from the ratings of `users` alone: {name: (n_items, width)}."""
-    effect, factor = factor_analysis.fit(
-        sequences, users, n_items, options.num_factors, options.factor_prior, seed=options.model_init_seed
-    )
-    embedding = embed(sequences, users, n_items, hidden_size(options))
-    return {"item_effect": effect[:, None], "item_factor": factor, "item_embedding": embedding}
-
-
-def count_ratings(sequences, users, n_items):
-    """Number of ratings (n_items,) that the `users` gave each item."""
-    return np.bincount(factor_analysis.rating_places(sequences, users)[1], minlength=n_items)
+def embed_apart(sequences, users, n_items, width, folds):
+    """The `embed` of all users, then that of the users outside each fold, turned to lie closest to the first."""
+    found = [embed(sequences, users, n_items, width)]
+    for fold in range(folds):
+        other = embed(sequences, users[users % folds != fold], n_items, width)
+        turn, _ = linalg.orthogonal_procrustes(other, found[0])
+        found.append(other @ turn)
+    return found
 
 
 def embed(sequences, users, n_items, width):

@@ -22,7 +22,7 @@ from models.error_attention import ErrorAttention
 from models.layers import Linear, broadcast_parameter, dot, is_multiplied, look_up
 from options import LEARNERS
 
-TABLES = ("item_embedding", "item_effect", "item_factor")  # one row an item; row 0 is padding
+TABLES = ("item_embedding", "item_effect", "item_factor", "item_audience")  # one row an item; row 0 is padding
 
 
 class Learner(nn.Module):
@@ -43,6 +43,7 @@ class Learner(nn.Module):
         self.item_embedding = table(n_items, hidden, 0.02, generator)
         if joint:
             self.item_effect = table(n_items, 1, 0.0, generator)
+            self.item_audience = table(n_items, 1, 0.0, generator)
             self.item_factor = table(n_items, options.num_factors, 0.1, generator)
 
     def tables(self):
@@ -68,15 +69,17 @@ class Learner(nn.Module):
             return predicted, (memory,)
         weights, of_errors = self.errors.encode_history(rows, tasks)
         error = (tasks.ratings - predicted) * (tasks.segment > 0)
-        return predicted + apply(weights, error), (memory, of_errors, error[:, 0])
+        return predicted + apply(weights, error), (memory, of_errors, error[:, 0], length(tasks))
 
     def predict_query(self, items, memory, tables):
         """Predictions (T, Q) for query items (T, Q), places in the tables."""
         rows = look_up_all(tables, items)
-        predicted = self.head(self.encoder.encode_query(rows["item_embedding"], memory[0]), rows)
+        states = self.encoder.encode_query(rows["item_embedding"], memory[0])
         if self.errors is None:
-            return predicted
-        return predicted + apply(self.errors.encode_query(rows, memory[1]), memory[2])
+            return self.head(states, rows)
+        _, of_errors, error, n_support = memory
+        predicted = self.head(trust(states, n_support), rows) + self.head.lean(n_support, rows)
+        return predicted + apply(self.errors.encode_query(rows, of_errors), error)
 
     def predict(self, tasks, tables, at_once=None):
         """Predictions for the support (T, R, S) and for the queries (T, Q), `at_once` queries at a time."""
@@ -92,13 +95,28 @@ class Learner(nn.Module):
         rows, query_rows = look_up_all(tables, tasks.items), look_up_all(tables, tasks.query_items)
         states, memory = self.encoder.encode_history(rows["item_embedding"], tasks)
         query_states = self.encoder.encode_query(query_rows["item_embedding"], memory)
-        support, query = self.head.features(states, rows), self.head.features(query_states, query_rows)
         if self.errors is None:
-            return support, query
+            return self.head.features(states, rows), self.head.features(query_states, query_rows)
+        n_support, support = length(tasks), self.head.features(states, rows)
+        query = self.head.features(trust(query_states, n_support), query_rows)
+        query = query + F.pad(self.head.lean(n_support, query_rows)[..., None], (0, query.shape[-1] - 1))
         weights, of_errors = self.errors.encode_history(rows, tasks)
         ratings = F.pad(tasks.ratings[..., None], (0, support.shape[-1] - 1))
         error = (ratings - support) * (tasks.segment > 0)[..., None]
         return support + weights @ error, query + self.errors.encode_query(query_rows, of_errors) @ error[:, 0]
+
+
+def length(tasks):
+    """The number of support ratings (T, 1), as a real number."""
+    return tasks.n_support[:, None].to(tasks.ratings.dtype)
+
+
+def trust(states, n_support):
+    """Query states (T, Q, D) as far as a history of `n_support` (T, 1) ratings can be trusted: not at all without one.
+
+    Then the prediction is that of the factor analysis, which is hard to beat for users of whom nothing is known.
+    """
+    return states * (n_support / (n_support + 1))[..., None]
 
 
 def apply(weights, errors):
@@ -134,10 +152,13 @@ def table(n_items, width, std, generator):
     return nn.Parameter(values)
 
 
+FADING = 4.0  # ratings of a user that halve what the item's audience counts, at the start
+
+
 class JointHead(nn.Module):
     """item effect + user bias + item factor . (user vector + A state) + state weight . state.
 
-    User bias, user vector and state weight adapt to a user.
+    User bias, user vector and state weight adapt to a user. A query adds what `lean` gives.
     """
 
     adapted = ("head.user_bias", "head.user_vector", "head.state_weight")
@@ -149,6 +170,18 @@ class JointHead(nn.Module):
         self.state_weight = nn.Parameter(torch.zeros(hidden))
         self.to_vector = Linear(hidden, factors, bias=False)
         nn.init.zeros_(self.to_vector.weight)
+        self.log_fading = nn.Parameter(torch.tensor(FADING).log())
+
+    def start_user(self, centre):
+        """Start from the training users' mean bias and vector (1 + factors,)."""
+        with torch.no_grad():
+            self.user_bias.fill_(float(centre[0]))
+            self.user_vector.copy_(torch.as_tensor(centre[1:]))
+
+    def lean(self, n_support, rows):
+        """What a query takes from its item's audience (T, Q): all without ratings of the user, then less and less."""
+        fading = broadcast_parameter(self.log_fading, n_support, 0).exp()
+        return fading / (n_support + fading) * rows["item_audience"][..., 0]
 
     def forward(self, state, rows):
         """Predictions (T, ...) from states (T, ..., D) and the items' rows {name: (T, ..., width)}."""

@@ -1,13 +1,17 @@
 """Meta-gradients equal those of a plain loop over tasks and finite differences; the rest of the outer loop's parts."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiny
 import torch
+from test_factor_analysis import simulate
 from torch.func import functional_call
 
 import dataloader
 import maml
+from models import item_tables
 from models.loss_network import MetaLoss
 
 LOSSES = {"none": {"use_adaptive_loss": False}, **{name: {"loss_network": name} for name in ("lstm", "mlp", "metal")}}
@@ -32,23 +36,52 @@ def plain(member, tasks, second_order):
         items = task.table[0]
         task = task._replace(items=items[task.items], query_items=items[task.query_items])
         count, theta, of_task = task.n_support, dict(every), []
-        share = task.times / task.times.sum()
+        start = flat(theta, moved)
         for step in range(member.options.num_inner_steps + 1):
             tables = {name: theta[name] for name in learner.tables()}
             support, query = functional_call(learner, theta, ("predict", task, tables))
             of_task.append((query - task.query_ratings)[task.query].square().mean())
             if step == member.options.num_inner_steps:
                 break
-            slope = loss_slope(member.loss_network, step, support, task) * share
+            slope = loss_slope(member.loss_network, step, support, task) * task.times
             parameters = [theta[name] for name in moved]
             gradients = torch.autograd.grad(support, parameters, slope, create_graph=True, materialize_grads=True)
+            gradients = gradients if second_order else [gradient.detach() for gradient in gradients]
+            if member.rates.of_posterior:
+                if step == 0:
+                    features = features_of(support, parameters, second_order)
+                    gram = (features * task.times.flatten()[:, None]).T @ features
+                damping = torch.cat([logs(member, "damping", name)[0].exp().flatten() for name in moved])
+                doubt = torch.cat([logs(member, "doubt", name)[0].exp().flatten() for name in moved])
+                damping = damping + task.times.sum() * doubt
+                pull = torch.cat([g.flatten() for g in gradients]) + damping * (flat(theta, moved) - start)
+                move = torch.linalg.solve(gram + torch.diag(damping), pull)
+                parts = move.split([p.numel() for p in parameters])
+                gradients = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
             for name, gradient in zip(moved, gradients, strict=True):
-                alpha = member.rates.log_rate[name.replace(".", "/")][step].exp()
-                if member.options.inner_damping:
-                    alpha = alpha * count / (count + member.rates.log_damping[name.replace(".", "/")][step].exp())
-                theta[name] = theta[name] - alpha * (gradient if second_order else gradient.detach())
+                alpha = logs(member, "rate", name)[step].exp()
+                if not member.rates.of_posterior:
+                    alpha = alpha / task.times.sum().clamp_min(1)
+                    if member.options.inner_damping:
+                        alpha = alpha * count / (count + logs(member, "damping", name)[step].exp())
+                theta[name] = theta[name] - alpha * gradient
         losses.append(torch.stack(of_task))
     return torch.stack(losses)
+
+
+def flat(theta, names):
+    return torch.cat([theta[name].flatten() for name in names])
+
+
+def logs(member, kind, name):
+    return getattr(member.rates, f"log_{kind}")[name.replace(".", "/")]
+
+
+def features_of(support, parameters, graph):
+    """The derivatives (N, P) of the support's predictions in the parameters."""
+    rows = [torch.autograd.grad(value, parameters, create_graph=True) for value in support.flatten()]
+    found = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    return found if graph else found.detach()
 
 
 def loss_slope(network, step, support, task):
@@ -298,15 +331,40 @@ def test_query_losses_average_over_each_tasks_queries():
         torch.testing.assert_close(losses[t, k], squares[real].mean())
 
 
-def test_rates_start_at_inner_lr_over_curvature():
-    options = tiny.options(inner_lr=0.5, inner_damping=4)
-    counts, shapes = torch.arange(1.0, 41.0), {"head.user_bias": torch.Size([])}
-    rates = maml.MetaLearner(tiny.N_ITEMS, options, tiny.SCALE, counts).rates
-    alpha = rates(shapes, torch.tensor([1.0, 5.0]))
-    torch.testing.assert_close(alpha, torch.tensor([[[0.5 / 5], [0.5 * 5 / 9]]] * 2))
-    options.inner_damping = 0
-    undamped = maml.MetaLearner(tiny.N_ITEMS, options, tiny.SCALE, counts).rates
-    torch.testing.assert_close(undamped(shapes, torch.tensor([1.0, 5.0])), torch.full((2, 1, 1), 0.5))
+def test_without_posterior_rates_start_at_inner_lr_over_n_and_damping():
+    options = tiny.options(inner_lr=0.5, inner_damping=4, head="plain", num_samples=1)
+    for damping, expected in ((4, [0.5 / 5, 0.5 * 5 / 9]), (0, [0.5, 0.5])):
+        options.inner_damping = damping
+        member = maml.MetaLearner(tiny.N_ITEMS, options, tiny.SCALE)
+        tasks = SimpleNamespace(n_support=torch.tensor([1, 5]), times=torch.tensor([[[1.0, 0.0]], [[3.0, 2.0]]]))
+        alpha, direction = member.rates(SimpleNamespace(shapes={"head.bias": torch.Size([])}), tasks)
+        torch.testing.assert_close(alpha.expand(2, 2, 1), torch.tensor(expected)[None, :, None].expand(2, 2, 1))
+        torch.testing.assert_close(direction(torch.ones(2, 1), None), torch.tensor([[1.0], [1 / 5]]))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_first_step_of_a_fresh_system_ends_at_the_posterior_mean(loss):
+    """The ridge regression of the support on bias and factors, whatever n is; later steps stay there."""
+    options = tiny.options(num_samples=1, **LOSSES[loss])
+    sequences, _, _ = simulate(n_users=80)
+    fit = item_tables.fit(sequences, np.arange(80), 20, options)
+    member = maml.MetaLearner(20, options, tiny.SCALE, fit)
+    with torch.no_grad():
+        member.learner.errors.gain.zero_()
+        member.rates.log_damping["head/state_weight"].fill_(20.0)
+    effect, factor, centre, damping, doubt, audience = fit.user
+    for shots in (0, 1, 5):
+        tasks = dataloader.last_tasks(sequences, np.arange(80), options, shots)
+        found = member(tasks).detach().numpy()[..., 0]
+        for user in range(80):
+            place = sequences.offsets[user + 1] - 1 - np.arange(shots + 1)
+            items = sequences.items[place] - 1
+            design = np.concatenate([np.ones((shots + 1, 1)), factor[items]], axis=1)
+            past, left = design[1:], sequences.ratings[place[1:]] - effect[items[1:]] - design[1:] @ centre
+            vector = centre + np.linalg.solve(past.T @ past + np.diag(damping + shots * doubt), past.T @ left)
+            known = effect[items[0]] + audience[items[0]] * 4 / (4 + shots)
+            assert abs(found[user, 0] - known - design[0] @ centre) < 1e-4
+            np.testing.assert_allclose(found[user, 1:], known + design[0] @ vector, atol=1e-4)
 
 
 def test_predictions_come_back_on_the_datas_scale():

@@ -83,7 +83,7 @@ def test_sparse_tables_have_the_same_gradients_and_rows_not_in_use_do_not_move(c
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient.to_dense(), dense[name], rtol=1e-5, atol=1e-7)
     assert {name.split(".")[-1] for name, gradient in gradients.items() if gradient.is_sparse} == {
-        "item_embedding", "item_effect", "item_factor",
+        "item_embedding", "item_effect", "item_factor", "item_audience",
     }  # fmt: skip
     for _ in range(2):  # moments of earlier steps must not move rows either
         before = {name: p.detach().clone() for name, p in run.system.named_parameters()}

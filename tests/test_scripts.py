@@ -124,7 +124,7 @@ def test_a_run_is_not_overwritten_unasked(trained):
         (("--model=transformer",), "transformer"),
         (("--use_multi_step=yes",), "True or False"),
         (("--batch_size=0",), "from 1 to"),
-        (("--factor_prior=inf",), "not a finite number"),
+        (("--inner_damping=inf",), "not a finite number"),
         (("--bert_hidden_units=30",), "multiple"),
         (("--fold=7",), "--num_folds"),
         (("--use_second_order=False",), "add --use_adaptive_loss=False"),
@@ -143,10 +143,9 @@ def test_bad_input_gets_one_sentence(trained, flags, says):
 
 
 def test_pretraining_falls_from_its_own_learning_rate(trained):
-    """Not from main.py's --outer_lr, which is 3e-4 for amazon."""
     _, error = run(trained, "pretrain.py", *SAMPLE, *SMALL, "--pretraining_lr=5e-5", status=2)
     assert error == "error: --min_outer_lr=0.0001 must not be above --pretraining_lr=5e-05\n"
-    assert options.parse_pretrain("", ["--mode=amazon", "--min_outer_lr=5e-4"]).outer_lr == 3e-3
+    assert options.parse_pretrain("", ["--outer_lr=1e-3"]).outer_lr == 3e-3
 
 
 def test_checkpoints_whose_loss_network_was_not_trained_can_be_read():
@@ -157,7 +156,7 @@ def test_checkpoints_whose_loss_network_was_not_trained_can_be_read():
 
 def test_infinity_is_a_number_where_it_lifts_a_limit():
     assert options.parse("", ["--checkpoint_minutes=inf"]).checkpoint_minutes == float("inf")
-    for name in ("factor_prior", "inner_damping", "outer_lr"):
+    for name in ("inner_damping", "outer_lr"):
         for text in ("inf", "1e999", "nan"):
             with pytest.raises(UserError, match=name):
                 options.parse("", [f"--{name}={text}"])
@@ -305,7 +304,7 @@ def test_a_log_file_is_a_line_a_validation(tmp_path):
     assert [line.split()[:2] for line in lines if line.startswith("iteration")] == [
         ["iteration", str(i)] for i in range(3)
     ]
-    options = [line for line in lines if line.startswith(("options: ", "  "))]
+    options = [line for line in lines if line.startswith(("options: ", "chosen from the data: ", "  "))]
     assert options[0].startswith("options: --mode=sample") and len(lines) == len(options) + 3 + 3 + 1 and error == ""
     assert max(map(len, lines)) <= 80 and not set(out) & {"\r", "\x1b"}
 

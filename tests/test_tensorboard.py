@@ -160,18 +160,19 @@ def test_reference_lines_are_scored_on_the_targets_of_validation(log, problem, m
     system, options, _, _ = evaluate.load_system(
         checkpoint.checkpoint_path(log / MELO), option_module.parse("", command(log))
     )
-    scored = evaluate.evaluate(system, problem, problem.validation, num_targets=3)
+    scored = [evaluate.evaluate(system, problem, problem.validation, length, 3) for length in (1, 5)]
+    scored = evaluate.Scored(*map(np.concatenate, zip(*scored, strict=True)))
     targets, prediction_errors = [], baselines.prediction_errors
 
     def watch(target, *rest):
         targets.append(target)
         return prediction_errors(target, *rest)
 
-    fitting = problem.ratings, problem.train, problem.validation, options.max_seq_len, 3
+    fitting = problem.ratings, problem.train, problem.validation, (1, options.max_seq_len - 1), 3
     found = baselines.reference_rmse(*fitting)
     monkeypatch.setattr(baselines, "prediction_errors", watch)
     assert found == baselines.reference_rmse(*fitting)
-    assert np.array_equal(np.concatenate(targets[:3]), scored.target)
+    assert np.array_equal(np.concatenate(targets[:6]), scored.target)
     monkeypatch.undo()
     many = baselines.reference_rmse(*fitting[:-1], int(np.diff(problem.ratings.offsets).max()) + 5)
     assert all(np.isfinite(error) for error in many.values())  # targets that no user is long enough for are left out

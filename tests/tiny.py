@@ -24,6 +24,8 @@ SIZES = {
     "num_samples": 5,
     "num_query_set": 2,
     "num_inner_steps": 2,
+    "num_train_iterations": 400,
+    "item_lr": 3e-4,
 }
 LEARNERS = tuple(option_module.LEARNERS)
 SCALE = (3.6, 1.1, 1.0, 5.0)

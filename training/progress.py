@@ -13,6 +13,7 @@ import options as option_module
 from evaluation import baselines, evaluate, metrics
 from ratings import table
 from training import run_folder, tensorboard
+from training.run import chosen
 from training.optimizer import learning_rates
 from utils import printable
 
@@ -46,19 +47,32 @@ def open_log(run):
     validated, options, problem = run.loop["validated"], run.options, run.problem
     writer = tensorboard.open_writer(run.folder, validated + 1 if validated >= 0 else None)
     users = problem.train, problem.validation[: options.val_size]
-    simple = baselines.reference_rmse(problem.ratings, *users, options.max_seq_len, run.validation_targets)
+    simple = baselines.reference_rmse(problem.ratings, *users, run.validation_lengths, run.validation_targets)
     if validated < 0:
         log_start(run, writer)
     parts = [len(users) for users in (problem.train, problem.validation, problem.test)]
     print(printable(run.folder))
-    chosen = f"options: {option_module.differing(options) or 'the defaults'}"
-    print(textwrap.fill(chosen, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+    given = f"options: {option_module.differing(options) or 'the defaults'}"
+    print(textwrap.fill(given, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
     print("{:,} users train, {:,} validate, {:,} test; {:,} items".format(*parts, len(problem.ratings.item_ids)))
+    if validated < 0:
+        print(textwrap.fill(f"chosen from the data: {say_chosen(run)}", 80, subsequent_indent="  "))
     print("validation RMSE to beat: " + ", ".join(f"{name} {value:.4f}" for name, value in simple.items()))
     if run.loop["iteration"]:
         print(f"going on after iteration {run.loop['iteration']}")
     sys.stdout.flush()
     return Log(writer, simple)
+
+
+def say_chosen(run):
+    """What `chosen` found, as one text."""
+    found, text = chosen(run), "{iterations} iterations"
+    if "factors" in found:
+        text = (
+            "{factors} of {most} factors, noise {noise:.2f}, users' biases shrunk by {bias_damping:.1f} ratings, "
+            + text
+        )
+    return text.format(most=run.options.num_factors, **found)
 
 
 def log_start(run, writer):

@@ -21,6 +21,8 @@ from training.optimizer import build_optimizers
 from utils import UserError
 
 AVERAGE = 0.98  # decay of the running mean of the weights; the plain head has no mean, as published
+SHORT_SUPPORTS = 1, 5  # ratings of new users on whom a run is validated, beside those of full length
+SMALLEST_FACTOR = 0.01  # standard deviations of a rating; smaller factors count as none
 LEAST_SHARE = 64  # validation users of a rank; fewer are not worth sharing
 
 
@@ -50,6 +52,12 @@ class Run(NamedTuple):
     def validation_targets(self):
         """Number of last ratings of each validation user that are predicted."""
         return 3 if self.options.head == "joint" else 1
+
+    @property
+    def validation_lengths(self):
+        """Most support ratings of these targets, each of which is predicted once for each length."""
+        longest, short = self.options.max_seq_len - 1, SHORT_SUPPORTS if self.options.head == "joint" else ()
+        return sorted({longest, *(min(n, longest) for n in short)})
 
 
 def new_run(system, shifts, problem, options, folder):
@@ -90,9 +98,21 @@ def begin(run):
 
 def begin_new(run):
     run_folder.clear_folder(run.folder, run.options.overwrite)
-    run_folder.write_config(run.folder, {"options": run.options, "fingerprint": run.problem.ratings.fingerprint})
+    config = {"options": run.options, "fingerprint": run.problem.ratings.fingerprint, "chosen": chosen(run)}
+    run_folder.write_config(run.folder, config)
     if run.options.load_pretrained or run.options.load_pretrained_embedding:
         load_pretrained(run)
+
+
+def chosen(run):
+    """What a fresh run took from the data where no option says it: {name: number}."""
+    member, found = run.system.members[0], {"iterations": run.options.num_train_iterations}
+    if member.rates.of_posterior:
+        damping = {name: values.exp().mean().item() for name, values in member.rates.log_damping.items()}
+        size = member.learner.item_factor.square().mean(0).sqrt()
+        found |= {"factors": int((size > SMALLEST_FACTOR).sum()), "noise": damping["head/user_vector"]}
+        found |= {"bias_damping": damping["head/user_bias"]}
+    return found
 
 
 def go_on(run, state):
@@ -274,10 +294,11 @@ def validate(run):
     users = run.problem.validation[: run.options.val_size]
     shared = distributed.world_size() > 1 and len(users) >= LEAST_SHARE * distributed.world_size()
     mine = np.array_split(users, distributed.world_size())[distributed.rank()] if shared else users
-    scored = evaluate.evaluate(run.average, run.problem, mine, num_targets=run.validation_targets)
+    system, targets = run.average, run.validation_targets
+    parts = [evaluate.evaluate(system, run.problem, mine, length, targets) for length in run.validation_lengths]
     if shared:
-        columns = zip(*distributed.gather_objects(tuple(scored)), strict=True)
-        scored = evaluate.Scored(*(np.concatenate(column) for column in columns))
+        parts = [part for of_rank in distributed.gather_objects([*map(tuple, parts)]) for part in of_rank]
+    scored = evaluate.Scored(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     if not np.isfinite(scored.prediction).all():
         raise not_finite(run, "the RMSE of validation is not finite", scored.unadapted.sum())
     return scored
