@@ -76,7 +76,7 @@ def test_every_parameter_is_in_one_group_of_its_kind(loss, sparse):
 @pytest.mark.parametrize("chunk", [0, 2])
 def test_sparse_tables_have_the_same_gradients_and_rows_not_in_use_do_not_move(chunk):
     found = [
-        trained(tiny.options(model="gru4rec", adapt="all", sparse_items=sparse, task_chunk=chunk), 1)
+        trained(tiny.options(model="gru4rec", adapt="all", sparse_items=sparse, task_chunk=chunk, full_support=1.0), 1)
         for sparse in (True, False)
     ]
     (run, [(before, gradients, _)]), (_, [(_, dense, _)]) = found

@@ -13,8 +13,8 @@ import options as option_module
 from evaluation import baselines, evaluate, metrics
 from ratings import table
 from training import run_folder, tensorboard
-from training.run import chosen
 from training.optimizer import learning_rates
+from training.run import chosen
 from utils import printable
 
 MOST_USERS = 256  # validation users whose ratings' weights are shown
@@ -68,10 +68,7 @@ def say_chosen(run):
     """What `chosen` found, as one text."""
     found, text = chosen(run), "{iterations} iterations"
     if "factors" in found:
-        text = (
-            "{factors} of {most} factors, noise {noise:.2f}, users' biases shrunk by {bias_damping:.1f} ratings, "
-            + text
-        )
+        text = "{factors} of {most} factors, noise {noise:.2f}, biases shrunk by {bias_damping:.1f} ratings, " + text
     return text.format(most=run.options.num_factors, **found)
 
 
