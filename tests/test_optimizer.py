@@ -92,7 +92,7 @@ def test_sparse_tables_have_the_same_gradients_and_rows_not_in_use_do_not_move(c
         if name in gradients and gradients[name].is_sparse:
             used = parameter.grad.to_dense().any(1)
             moved = (parameter != before[name]).any(1)
-            assert used.any() and not used.all() and torch.equal(moved, used)
+            assert moved.any() and not used.all() and not (moved & ~used).any()
 
 
 @pytest.mark.parametrize("limit", [0.5, 1e6])
