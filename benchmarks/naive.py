@@ -106,6 +106,7 @@ def query_losses(member, task):
     learner, network, options = member.learner, member.loss_network, member.options
     theta, losses = dict(learner.named_parameters()), []
     names = learner.head.adapted if options.adapt == "head" else list(theta)
+    theta |= {name: theta[name].clone().requires_grad_() for name in names if not theta[name].requires_grad}
     first = theta
     for step in range(options.num_inner_steps + 1):
         tables = {name: theta[name] for name in learner.tables()}
