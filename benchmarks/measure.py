@@ -36,9 +36,14 @@ def synthetic(n_users=2000, n_items=2500):
     return dataloader.Sequences(offsets, items, ((ratings - SCALE[0]) / SCALE[1]).astype(np.float32))
 
 
+ITERATIONS = 400  # over which learning rates fall, where none are given
+
+
 def settings(form, bench, *more):
     """Options of main.py in a form and with the first learner; the command line and `more` override them."""
-    return option_module.parse("", [*FORMS[form], f"--model={bench.models[0]}", *bench.rest, *more])
+    options = option_module.parse("", [*FORMS[form], f"--model={bench.models[0]}", *bench.rest, *more])
+    options.num_train_iterations = options.num_train_iterations or ITERATIONS
+    return options
 
 
 def build(options, bench, n_items=2500):

@@ -234,7 +234,6 @@ def accuracy(bench):
     """Time from ratings in memory to the validation RMSE of the damped means; needs --data_path."""
     options, rmse = measure.settings("default", bench), float("inf")
     problem = dataloader.load_problem(options)
-    options.num_train_iterations = options.num_train_iterations or dataloader.count_iterations(options, problem)
     users, begin = (problem.train, problem.validation), time.perf_counter()
     goal = baselines.reference_rmse(problem.ratings, *users, [options.max_seq_len - 1], 1)["damped means"]
     system, shifts = maml.build_system(problem, options)
