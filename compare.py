@@ -52,7 +52,7 @@ METHODS = {
 PAPER_METHODS = ("basic", "maml", "melo")
 SET_HERE = {"model", "fold", "random_seed", "paper_form", "log_dir", "pretrain_log_dir", "test", "resume", "overwrite"}
 DEMO = ("--output=log/demo", "--mode=sample", "--models=bert4rec", "--methods", "basic", "maml", "melo")
-DEMO += ("--folds", "0", "1", "--num_train_iterations=400", "--log_interval=50")
+DEMO += ("--folds", "0", "1")
 NEXT = """Next:
   {bin}/tensorboard --logdir log/demo
       the learning curves, in a browser

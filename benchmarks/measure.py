@@ -24,6 +24,7 @@ from utils import random_stream
 
 FORMS = {"paper": ["--paper_form=True"], "default": []}
 SCALE = (3.58, 1.12, 1.0, 5.0)  # mean, deviation, lowest and highest of the synthetic ratings
+ITERATIONS = 400  # over which learning rates fall, where none are given
 
 
 def synthetic(n_users=2000, n_items=2500):
@@ -34,9 +35,6 @@ def synthetic(n_users=2000, n_items=2500):
     ratings = np.clip(np.rint(rng.normal(SCALE[0], SCALE[1], offsets[-1])), 1, 5)
     items = rng.integers(1, n_items + 1, offsets[-1])
     return dataloader.Sequences(offsets, items, ((ratings - SCALE[0]) / SCALE[1]).astype(np.float32))
-
-
-ITERATIONS = 400  # over which learning rates fall, where none are given
 
 
 def settings(form, bench, *more):
