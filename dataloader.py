@@ -355,7 +355,10 @@ def parts(tasks, device, purpose="predict", chunk=0):
     while first < len(order):
         most = max(1, int(budget // size[order[first]]))
         numbers = order[first : first + min(most, chunk or most)]
-        part = tasks.take(numbers, rows[numbers].max(), None if for_graphs else width[numbers].max())
+        some = numbers
+        if len(numbers) == len(order):  # all of them, which need not be copied
+            numbers, some = torch.arange(len(order)), slice(None)
+        part = tasks.take(some, rows[some].max(), None if for_graphs else width[some].max())
         yield numbers, add_rows(part, ROWS) if for_graphs else part
         first += len(numbers)
 
@@ -376,6 +379,8 @@ def share(tasks, chunk=0, rank=0, world_size=1):
     total = len(tasks.table)
     groups = -(-total // chunk) if chunk else 1
     groups = -(-groups // world_size) * world_size
+    if groups == 1:
+        return [np.arange(total)]
     turn = np.arange(total) % (2 * groups)
     group = np.minimum(turn, 2 * groups - 1 - turn)
     order = sizes(tasks)[2].argsort(descending=True, stable=True).numpy()

@@ -73,7 +73,9 @@ def look_up(table, places):
     """Rows (T, ..., D) of a table (U, D), or of each task's own (T, U, D), at places (T, ...)."""
     if is_multiplied(table):
         one_hot = (places[..., None] == torch.arange(table.shape[-2], device=table.device)).to(table.dtype)
-        return one_hot @ table if table.dim() == 2 else (one_hot.flatten(1, -2) @ table).view(*places.shape, -1)
+        if table.dim() == 2:
+            return one_hot @ table
+        return (one_hot.flatten(1, -2) @ table).view(len(table), *places.shape[1:], -1)
     if table.dim() == 2:
         return F.embedding(places, table)
     first = torch.arange(len(table), device=table.device) * table.shape[1]

@@ -202,6 +202,7 @@ def test_dots_and_rows_take_weights_for_each_task(on_gpu, monkeypatch):
     tables, places = random(3, 7, WIDTH), torch.randint(7, (3, 4, 5), generator=torch.Generator().manual_seed(0))
     expected = torch.stack([F.embedding(*pair) for pair in zip(places, tables, strict=True)])
     assert torch.equal(layers.look_up(tables, places), expected)
+    assert torch.equal(layers.look_up(tables, places[:1]), layers.look_up(tables, places[:1].expand(3, -1, -1)))
     assert torch.equal(layers.look_up(tables[0], places), F.embedding(places, tables[0]))
 
 

@@ -278,7 +278,10 @@ def move_average(run, skip):
     """Move the running mean of the weights, unless the tensor `skip` holds; as published, the plain head has none."""
     decay = AVERAGE if run.options.head == "joint" and run.loop["iteration"] else 0.0
     weight = (1 - decay) * ~skip
-    for mean, value in zip(run.average.parameters(), run.system.parameters(), strict=True):
+    means, values = list(run.average.parameters()), list(run.system.parameters())
+    if run.device.type == "cuda":  # few operations, and much memory for large tables
+        return torch._foreach_add_(means, torch._foreach_mul(torch._foreach_sub(values, means), weight))
+    for mean, value in zip(means, values, strict=True):
         mean.lerp_(value, weight)
 
 
