@@ -111,3 +111,50 @@ def test_few_ratings_and_constant_ones_give_finite_values(n_users, n_items, per_
     for ratings in (sequences.ratings, np.zeros_like(sequences.ratings)):
         found, _ = factor_analysis.fit(sequences._replace(ratings=ratings), np.arange(n_users), n_items, k=4)
         assert all(np.isfinite(values).all() for values in found) and (found.damping > 0).all()
+
+
+def test_each_sweep_raises_the_evidence(monkeypatch):
+    """The variational bound on the ratings' likelihood: fit and doubt of the ratings, less what users and items tell
+    apart from their priors."""
+    sequences, bounds, improve = simulate(n_users=200, k=3)[0], [], factor_analysis.improve
+
+    def watch(ratings, is_rated, mean, moment, *state, learn):
+        items, covariance, scales = improve(ratings, is_rated, mean, moment, *state, learn=learn)
+        spreads = factor_analysis.whole(moment, mean.shape[1]) - mean[:, :, None] * mean[:, None]
+        told = divergence(mean, spreads, scales.centre, np.ones(mean.shape[1]))
+        told += divergence(items, covariance, 0, scales.precision)
+        bounds.append(-0.5 * ratings.nnz * (np.log(scales.noise) + 1) - told)
+        return items, covariance, scales
+
+    monkeypatch.setattr(factor_analysis, "improve", watch)
+    factor_analysis.fit(sequences, np.arange(200), 20, k=3)
+    assert len(bounds) == factor_analysis.SWEEPS and (np.diff(bounds) > -1e-6).all()
+
+
+def divergence(mean, covariance, centre, precision):
+    """Sum of the Kullback-Leibler divergences of N(mean, covariance) (n, m) from N(centre, 1 / precision)."""
+    first = (np.einsum("nii->ni", covariance) + (mean - centre) ** 2) @ precision
+    return 0.5 * (first - mean.shape[1] - np.linalg.slogdet(covariance)[1] - np.log(precision).sum()).sum()
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_an_audience_is_told_where_users_choose_what_they_like(chosen):
+    """By how much those who rate an item like it more than the mean user, as far as that is more than chance."""
+    rng, n_users, n_items = np.random.default_rng(2), 2000, 30
+    taste, factor = rng.normal(size=(n_users, 1)), rng.normal(size=(n_items, 1))
+    liking = taste @ factor.T
+    shown = np.argsort(rng.gumbel(size=liking.shape) + chosen * liking, axis=1)[:, -10:]
+    values = np.take_along_axis(liking, shown, 1) + rng.normal(0, 0.3, shown.shape)
+    sequences = Sequences(np.arange(n_users + 1) * 10, shown.ravel() + 1, values.ravel().astype(np.float32))
+    found, _ = factor_analysis.fit(sequences, np.arange(n_users), n_items, k=2)
+    truth = np.array([liking[(shown == item).any(1), item].mean() for item in range(n_items)]) - liking.mean(0)
+    if chosen:
+        assert np.corrcoef(found.audience, truth)[0, 1] > 0.95 and 0.7 < found.audience.std() / truth.std() < 1.3
+    else:
+        assert found.audience.std() < 0.02
+
+
+def test_few_users_leave_factors_in_doubt():
+    doubts = [factor_analysis.fit(simulate(n)[0], np.arange(n), 20, k=2)[0].doubt for n in (50, 400)]
+    assert all(doubt[0] == 0 and (doubt[1:] > 0).all() for doubt in doubts)
+    assert (doubts[0][1:] > 4 * doubts[1][1:]).all()
