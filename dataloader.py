@@ -135,9 +135,8 @@ def standardise(ratings, train, balance=0.0):
 
 def count_iterations(options, problem):
     """The iterations where --num_train_iterations is not given: tasks enough for EPOCHS or --pretrain_epochs."""
-    meta = options.num_inner_steps > 0
-    count = math.ceil((EPOCHS if meta else options.pretrain_epochs) * len(problem.train) / options.batch_size)
-    return max(LEAST_ITERATIONS, count) if meta else count
+    epochs = EPOCHS if options.num_inner_steps else options.pretrain_epochs
+    return max(LEAST_ITERATIONS, math.ceil(epochs * len(problem.train) / options.batch_size))
 
 
 def usable_users(sequences, users):

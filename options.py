@@ -268,7 +268,7 @@ def add_outer_options(parser):
 def add_pretrain_options(parser):
     add = group(parser, "pretraining")
     add("pretraining_batch_size", 128, count(1, MOST_TASKS), "tasks an iteration of pretrain.py")
-    add("pretrain_epochs", 10, count(1, 10**6), "tasks per training user, where --num_train_iterations is not given")
+    add("pretrain_epochs", 10, count(1, 10**6), "tasks per training user without --num_train_iterations, at least 150")
     add("pretraining_lr", 3e-3, POSITIVE, "learning rate of pretrain.py")
     add("load_pretrained_embedding", False, bool, "start from the pretrained item tables")
     add("load_pretrained", False, bool, "start from all pretrained weights")
