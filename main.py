@@ -50,7 +50,7 @@ def train(opts, folder):
     # System: learner, inner rates and loss network of each member, and the running mean of all of them
     with utils.naming_what_to_lower(opts, "building"):
         device = utils.choose_device(opts.device, opts.deterministic)
-        system, shifts = maml.build_system(problem, opts)
+        system, shifts = maml.build_system(problem, opts, "cpu" if opts.deterministic else device)
         system.to(device)
         shifts = [shift and {name: table.to(device) for name, table in shift.items()} for shift in shifts]
         run = runs.new_run(system, shifts, problem, opts, folder)

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 import utils
-from models import item_tables, loss_network
+from models import factor_analysis, item_tables, loss_network
 from models.learner import Learner
 from utils import UserError
 
@@ -210,10 +210,7 @@ class Inverse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, matrices):
-        root = torch.linalg.cholesky_ex(matrices)[0]  # unlike others it waits for no GPU, nor does what follows
-        one = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
-        half = torch.linalg.solve_triangular(root, one, upper=False)
-        inverse = half.mT @ half
+        inverse = factor_analysis.invert(matrices)
         ctx.save_for_backward(inverse)
         return inverse
 
@@ -330,7 +327,7 @@ def member_options(options):
     return [argparse.Namespace(**{**vars(options), "model_init_seed": seed}) for seed in seeds]
 
 
-def build_system(problem, options):
+def build_system(problem, options, device="cpu"):
     """A fresh `Ensemble` and, for training, each member's shifts of the item tables (see `look_up`) or None.
 
     With --head=joint item tables, users and dampings start from the training users' ratings, the same for all members.
@@ -339,7 +336,7 @@ def build_system(problem, options):
     scale = (problem.mean, problem.std, problem.ratings.low, problem.ratings.high)
     if options.head == "plain":
         return Ensemble(n_items, options, scale), [None] * options.members
-    fit = item_tables.fit(problem.sequences, problem.train, n_items, options)
+    fit = item_tables.fit(problem.sequences, problem.train, n_items, options, device)
     return Ensemble(n_items, options, scale, fit), [fit.shifts] * options.members
 
 

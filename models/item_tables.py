@@ -30,13 +30,13 @@ class Fit(NamedTuple):
     user: factor_analysis.Factors  # `centre` and `damping` are those of the training users' biases and vectors
 
 
-def fit(sequences, users, n_items, options):
+def fit(sequences, users, n_items, options, device="cpu"):
     """`Fit` of item effects, factors and embeddings to the ratings of the training `users`.
 
     Fold f has the users whose number is f - 1 modulo FOLDS; fold 0 has nobody, and zeros.
     """
     folds = FOLDS if len(np.unique(users % FOLDS)) > 1 else 0
-    found, apart = factor_analysis.fit(sequences, users, n_items, options.num_factors, folds)
+    found, apart = factor_analysis.fit(sequences, users, n_items, options.num_factors, folds, device)
     embeddings = embed_apart(sequences, users, n_items, hidden_size(options), folds)
     whole, *without = [
         {

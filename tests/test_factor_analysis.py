@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy import sparse
 
 from dataloader import Sequences
@@ -40,9 +41,12 @@ def test_posterior_is_the_ridge_regression_of_each_user():
     items, root = rng.normal(size=(6, 3)), rng.normal(0, 0.3, (6, 3, 3))
     scales = Scales(0.7, 0.4, rng.normal(size=3), np.ones(3))
     unsure = root @ root.transpose(0, 2, 1)
-    ratings = sparse.csr_array(residual + is_rated * items[:, 0])
-    mean, moment = factor_analysis.user_posterior(ratings, is_rated, items, unsure, scales)
-    moment = factor_analysis.whole(moment, 3)
+    user, item = is_rated.nonzero()
+    ratings = (residual.toarray() + items[:, 0])[user, item]
+    rated, given = factor_analysis.lay_out(user, item, ratings, (4, 6), "cpu"), map(torch.from_numpy, (items, unsure))
+    tensors = scales._replace(centre=torch.from_numpy(scales.centre))
+    mean, moment = factor_analysis.user_posterior(rated, *given, tensors)
+    mean, moment = mean.numpy(), factor_analysis.whole(moment, 3).numpy()
     loading = np.concatenate([np.full((6, 1), scales.spread), items[:, 1:]], axis=1)
     for user in range(4):
         rated = is_rated.toarray()[user] > 0
@@ -118,12 +122,12 @@ def test_each_sweep_raises_the_evidence(monkeypatch):
     apart from their priors."""
     sequences, bounds, improve = simulate(n_users=200, k=3)[0], [], factor_analysis.improve
 
-    def watch(ratings, is_rated, mean, moment, *state, learn):
-        items, covariance, scales = improve(ratings, is_rated, mean, moment, *state, learn=learn)
+    def watch(rated, mean, moment, *state, learn):
+        items, covariance, scales = improve(rated, mean, moment, *state, learn=learn)
         spreads = factor_analysis.whole(moment, mean.shape[1]) - mean[:, :, None] * mean[:, None]
-        told = divergence(mean, spreads, scales.centre, np.ones(mean.shape[1]))
-        told += divergence(items, covariance, 0, scales.precision)
-        bounds.append(-0.5 * ratings.nnz * (np.log(scales.noise) + 1) - told)
+        told = divergence(*(v.numpy() for v in (mean, spreads, scales.centre)), np.ones(mean.shape[1]))
+        told += divergence(items.numpy(), covariance.numpy(), 0, scales.precision.numpy())
+        bounds.append(-0.5 * len(rated.ratings) * (np.log(scales.noise) + 1) - told)
         return items, covariance, scales
 
     monkeypatch.setattr(factor_analysis, "improve", watch)
