@@ -579,7 +579,7 @@ def test_formats_hold_the_same(command, tmp_path):
 def test_explanation_in_every_format(command, tmp_path):
     text = HEAD + "a,1,5\na,2,1\nb,5,3\n"
     found = json.loads(command(text, "--top=2", "--explain", "--format=json")[0])
-    assert [row["after_5"] for row in found["predictions"]] == pytest.approx(
+    assert [row["after_3"] for row in found["predictions"]] == pytest.approx(
         [row["score"] for row in found["predictions"]], abs=2e-4
     )
     assert [(row["user"], row["item"], row["rating"]) for row in found["weights"]] == [
@@ -598,7 +598,7 @@ def test_explanation_in_every_format(command, tmp_path):
 def test_explaining_a_user_without_known_ratings(command, tmp_path):
     out, _ = command(HEAD + "a,none,5\n", "--top=2", "--explain", f"--plot={tmp_path / 'me.png'}")
     rows = table(out)
-    assert [row["after_0"] for row in rows] == [row["after_5"] for row in rows]
+    assert [row["after_0"] for row in rows] == [row["after_3"] for row in rows]
     assert (tmp_path / "me.png").exists()
 
 
