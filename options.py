@@ -402,7 +402,7 @@ def removed(options):
         "weight_decay": 0.01 if joint else 0.0, "average": 0.98 if joint else 0.0, "val_targets": 3 if joint else 1,
         "error_heads": 2 if joint else ANY, "cross_fit": 4 if joint else ANY, "init_items": "factors" if joint else ANY,
         "inner_rates": "element" if options.get("adapt", "head") == "head" else "tensor",
-    }  # fmt: skip
+    } | ({} if joint else {"factor_prior": ANY})  # fmt: skip
 
 
 # The removed options that decide what a trained system predicts; the others were for training alone.

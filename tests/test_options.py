@@ -202,6 +202,12 @@ def test_stored_values_are_checked_as_on_the_command_line(name, value):
     assert is_in_range(found)
 
 
+def test_checkpoints_with_a_fixed_prior_of_factors_are_trained_again_unless_they_have_no_factors():
+    assert option_module.restore({**vars(FORMS["paper"]), "factor_prior": 10.0}, {}, "melo.pt").head == "plain"
+    with pytest.raises(UserError, match="no --factor_prior=10.0: train again"):
+        option_module.restore({**vars(FORMS["default"]), "factor_prior": 10.0}, {}, "melo.pt")
+
+
 def test_stored_nonsense_is_refused():
     default = vars(FORMS["default"])
     for stored in (None, [], {}, {1: 2}, {**default, "x=y": 1}, {**default, "help": True}):
