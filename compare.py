@@ -4,6 +4,8 @@
     python compare.py --output results/ml-1m --models bert4rec narm sasrec gru4rec --folds 0
     python compare.py --output results/ml-1m --models bert4rec --paper_models bert4rec --folds 0 1 2 3 4 5
     python compare.py --output results/amazon --mode=amazon --data_path=Data/amazon/grocery_ratings.csv
+    python compare.py --preset=published                            # the published method: four learners, five methods
+    python compare.py --preset=published --paper_models narm        # the same for one learner
     python compare.py --output results/ml-1m --report_only          # the tables again, from the kept predictions
     python compare.py --export_targets targets --folds 0 --mode=ml-1m     # the targets as CSV, for other programs
     python compare.py --output results/ml-1m --external mine=mine.csv     # their predictions as a row of the tables
@@ -12,7 +14,7 @@ Any option of main.py may be given too and reaches every run. The same command a
 stopped: finished runs are not repeated, interrupted ones continue from their checkpoint. A run that is to have more
 iterations than before starts again; one with other options is refused.
 
-    <output>/runs/fold0-seed222/            what main.py and pretrain.py wrote; fold0-seed222-paper: --paper_form=True
+    <output>/runs/fold0-seed222/            what main.py and pretrain.py wrote; fold0-seed222-paper: published form
     <output>/predictions/*.parquet          every prediction, and what is known of the run that made it
     <output>/table.md, *.csv, *.png, *.svg  made from the predictions alone
 """
@@ -47,10 +49,17 @@ METHODS = {
     "basic": (),
     "fomaml": ("--use_multi_step=False", "--use_adaptive_loss=False"),
     "maml": ("--use_adaptive_loss=False",),
+    "metal": ("--loss_network=metal",),
     "melo": (),
 }
+USUAL_METHODS = ("basic", "fomaml", "maml", "melo")
 PAPER_METHODS = ("basic", "maml", "melo")
 SET_HERE = {"model", "fold", "random_seed", "paper_form", "log_dir", "pretrain_log_dir", "test", "resume", "overwrite"}
+PUBLISHED = ("--output=results/published", "--models", "--paper_models", "bert4rec", "sasrec", "narm", "gru4rec")
+PUBLISHED += ("--paper_methods", *METHODS, "--init_seeds", "5", "6", "--load_pretrained_embedding=True")
+# The rest of the authors' commands for their data sets.
+ON_ML_1M = ("--folds", "-1", "--lstm_hidden=128", "--lstm_input_size=8")
+ON_OTHERS = ("--num_train_iterations=3000", "--val_size=1000")
 DEMO = ("--output=log/demo", "--mode=sample", "--models=bert4rec", "--methods", "basic", "maml", "melo")
 DEMO += ("--folds", "0", "1")
 NEXT = """Next:
@@ -82,12 +91,13 @@ def parse(argv):
     add, count = parser.add_argument, option_module.count
     add("--output", type=option_module.folder, default=Path("results"), help="where runs and tables are kept")
     add("--models", nargs="*", default=LEARNERS, choices=LEARNERS, help="learners (default: all)")
-    add("--methods", nargs="*", default=tuple(METHODS), choices=METHODS, help="methods (default: all)")
+    add("--methods", nargs="*", default=USUAL_METHODS, choices=METHODS, help="methods (default: all but metal)")
     add("--paper_models", nargs="*", default=(), choices=LEARNERS, help="learners with --paper_form=True")
     add("--paper_methods", nargs="*", default=PAPER_METHODS, choices=METHODS, help="their methods")
     add("--folds", nargs="+", default=[0], type=count(-1), help="test users; -1: --num_test_data users (default: 0)")
     text = "values of --random_seed, which also draws the folds (default: 222)"
     add("--seeds", nargs="+", default=[222], type=count(0, 2**32 - 2), help=text)
+    add("--init_seeds", nargs="+", default=[None], type=count(0, 2**32 - 1), help="values of --model_init_seed")
     add("--jobs", type=count(1, 1000), help="runs side by side (default: one per GPU, or cores / threads)")
     add("--threads", type=count(1, 1000), help="CPU threads of a run; changes last digits (default: 1)")
     add("--report", type=option_module.folder, help="folder of tables and pictures (default: that of --output)")
@@ -97,11 +107,25 @@ def parse(argv):
     text = "write training ratings, supports and targets of --folds and --seeds as CSV files, and do nothing else"
     add("--export_targets", type=option_module.folder, metavar="DIR", help=text)
     add("--demo", action="store_true", help="a small comparison on the bundled sample, kept in log/demo")
-    args, rest = parser.parse_known_args([*DEMO, *argv] if "--demo" in argv else argv)
+    text = "published: the authors' commands, all methods, two initialisations; options that are given still count"
+    add("--preset", choices=["published"], help=text)
+    args, rest = parser.parse_known_args([*preset(argv), *argv])
     args.rest = [word for word in rest if word != "--"]
-    check(args, option_module.given(args.rest).keys())
+    check(args, option_module.given([w for w in parser.parse_known_args(argv)[1] if w != "--"]).keys())
     args.report, args.threads = args.report or args.output, args.threads or 1
     return args
+
+
+def preset(argv):
+    """The words that --demo and --preset stand for."""
+    parser = option_module.Parser(add_help=False)
+    parser.add_argument("--demo", action="store_true")
+    parser.add_argument("--preset")
+    parser.add_argument("--mode", default="ml-1m")
+    chosen, _ = parser.parse_known_args(argv)
+    if chosen.demo or not chosen.preset:
+        return DEMO if chosen.demo else ()
+    return *PUBLISHED, *(ON_ML_1M if chosen.mode == "ml-1m" else ON_OTHERS)
 
 
 def named_file(text):
@@ -131,19 +155,22 @@ def check(args, given):
 def list_cells(args):
     """All cells that the options name; their order does not depend on that of the command line."""
     forms = (False, args.models, args.methods), (True, args.paper_models, args.paper_methods)
-    kinds = [("simple", "simple", False)]
+    kinds = []
     for paper, models, methods in forms:
         kinds += [(m, method, paper) for m in LEARNERS if m in models for method in METHODS if method in methods]
     places = [(fold, seed) for fold in sorted(set(args.folds)) for seed in sorted(set(args.seeds))]
-    return [Cell(*kind, *place) for kind in kinds for place in places]
+    inits = sorted(set(args.init_seeds))
+    trained = [Cell(*kind, *place, init) for kind in kinds for place in places for init in inits]
+    return [Cell("simple", "simple", False, *place) for place in places] + trained
 
 
 def command(args, cell):
     """The cell's script and its arguments."""
-    place = args.output / "runs" / f"fold{cell.fold}-seed{cell.seed}{'-paper' if cell.paper else ''}"
+    place = args.output / "runs" / f"{predictions.place_of(cell)}{'-paper' if cell.paper else ''}"
     words = [f"--fold={cell.fold}", f"--random_seed={cell.seed}", f"--log_dir={place}", f"--pretrain_log_dir={place}"]
     if cell.learner != "simple":
         words += [f"--model={cell.learner}", *METHODS[cell.method], f"--paper_form={cell.paper}"]
+        words += [] if cell.init is None else [f"--model_init_seed={cell.init}"]
     return "pretrain.py" if cell.method == "basic" else "main.py", [*args.rest, *words]
 
 
@@ -316,7 +343,8 @@ def show_running(bar, running):
 def shown(cell):
     """A cell in a few words."""
     what = "simple predictors" if cell.learner == "simple" else f"{cell.learner} {cell.method}"
-    return f"{what}{' (paper)' if cell.paper else ''} fold {cell.fold} seed {cell.seed}"
+    init = "" if cell.init is None else f" init {cell.init}"
+    return f"{what}{' (paper)' if cell.paper else ''} fold {cell.fold} seed {cell.seed}{init}"
 
 
 @contextlib.contextmanager

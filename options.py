@@ -47,7 +47,7 @@ PAPER_FORM = {
     "batch_size": 16, "num_samples": 25, "num_query_set": 3, "full_support": 1.0,
     "num_train_iterations": 2000, "outer_lr": 1e-3, "min_outer_lr": 1e-4, "item_lr": 1e-3, "learn_lr": 1e-3,
     "loss_lr": 1e-2, "task_info_lr": 1e-2, "lstm_lr": 1e-1,
-    "pretrain_epochs": 100, "val_size": 600, "log_interval": 200,
+    "pretrain_epochs": 100, "val_size": 600, "log_interval": 50,
 }  # fmt: skip
 
 
@@ -281,6 +281,7 @@ def add_run_options(parser):
     add("log_interval", 50, count(), "iterations between validations")
     add("checkpoint_minutes", 5.0, real(infinite=True), "minutes between checkpoints; 0 = each iteration, inf = never")
     add("keep_checkpoints", 3, count(), "number of these that are kept beside the best")
+    add("keep_models", 0, count(0), "validated models that are kept for --checkpoint_step; 0 = as many as take 1 GiB")
     add("resume", False, bool, "go on from the newest whole checkpoint, with more --num_train_iterations if you like")
     add("overwrite", False, bool, "start again in a folder that holds a run")
     add("checkpoint_step", -1, count(-1), "checkpoint for --test; -1 = the best of validation")
@@ -480,16 +481,17 @@ def check(options):
 
 
 def method(options):
-    """The name of the method that the options describe: melo, maml or fomaml."""
+    """The name of the method that the options describe: melo, metal, maml or fomaml."""
     if options.use_adaptive_loss:
-        return "melo"
+        return "metal" if options.loss_network == "metal" else "melo"
     return "maml" if options.use_second_order else "fomaml"
 
 
 # What may differ when a run goes on: where things are (the data's fingerprint is checked instead), what is
 # shown, how often is saved, how much is computed at once, and what concerns this one command.
 MAY_CHANGE = (
-    *(*PLACES, "checkpoint_minutes", "checkpoint_step", "cuda_graphs", "device", "keep_checkpoints", "log_interval"),
+    *(*PLACES, "checkpoint_minutes", "checkpoint_step", "cuda_graphs", "device", "keep_checkpoints", "keep_models"),
+    "log_interval",
     *("overwrite", "resume", "skip_nonfinite", "task_chunk", "test"),
 )
 MAY_GROW = ("num_train_iterations", "pretrain_epochs")

@@ -21,6 +21,7 @@ LOOK = {
     "Basic": {"color": "#E69F00", "marker": "s", "linestyle": "--"},
     "FO-MAML": {"color": "#56B4E9", "marker": "^", "linestyle": "-."},
     "MAML": {"color": "#009E73", "marker": "D", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
+    "MeTAL": {"color": "#0072B2", "marker": "v", "linestyle": (0, (3, 1, 1, 1))},
     "MELO": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
     "matrix factorisation": {"color": "#000000", "marker": "x", "linestyle": ":"},
     "damped means": {"color": "#777777", "marker": "+", "linestyle": "--"},

@@ -39,12 +39,17 @@ class Cell(NamedTuple):
     paper: bool
     fold: int
     seed: int
+    init: int | None = None  # --model_init_seed, where it is not left at its default
 
 
 def path_of(folder, cell):
     """The cell's file in a folder of predictions."""
-    form = "-paper" if cell.paper else ""
-    return Path(folder) / f"{cell.learner}-{cell.method}{form}-fold{cell.fold}-seed{cell.seed}.parquet"
+    return Path(folder) / f"{cell.learner}-{cell.method}{'-paper' if cell.paper else ''}-{place_of(cell)}.parquet"
+
+
+def place_of(cell):
+    """Fold and seeds of a cell, for the name of a file or folder."""
+    return f"fold{cell.fold}-seed{cell.seed}" + ("" if cell.init is None else f"-init{cell.init}")
 
 
 def stored_options(cell, options):
@@ -186,7 +191,7 @@ def score_run(path, cell, options, folder):
     parts = [rows(evaluate.evaluate(system, problem, users, n), "last", n, cell.method) for n in shots]
     parts.append(rows(evaluate.evaluate_order(system, problem, users), "order", shots[0], cell.method))
     about = {"curve": validation_curve(folder)}
-    if cell.method == "melo":
+    if cell.method in ("melo", "metal"):
         about["weights"] = learned_weights(system, problem)
     write(path, cell, options, problem, pd.concat([part for part in parts if len(part)]), about)
 

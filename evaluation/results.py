@@ -13,7 +13,7 @@ from evaluation import external, metrics, predictions
 from ratings import table
 from utils import UserError
 
-PAIRS = (("melo", "maml"), ("maml", "fomaml"), ("maml", "basic"))
+PAIRS = (("melo", "maml"), ("melo", "metal"), ("maml", "fomaml"), ("maml", "basic"))
 DAMPED = ("simple", "damped means", False)
 UNTRAINED = ("simple", "external")  # in place of a learner's name
 PLACE = ["fold", "seed", "user"]
@@ -38,7 +38,7 @@ def load(paths, others=()):
         raise UserError("the kept predictions are of different data: give each data set an --output of its own")
     for cell, frame in frames.items():
         frame.attrs = {}
-        frames[cell] = frame.assign(learner=cell.learner, paper=cell.paper, fold=cell.fold, seed=cell.seed)
+        frames[cell] = frame.assign(**cell._asdict() | {"method": frame.method, "init": cell.init or -1})
     rows = pd.concat(frames.values(), ignore_index=True)
     given = [external.read(name, path, rows) for name, path in dict(others).items()]
     rows = pd.concat([rows, *given], ignore_index=True)
@@ -51,7 +51,7 @@ def load(paths, others=()):
 
 def order_of(rows, low):
     """The figures of `metrics.order_by_user` for each user and method."""
-    columns = ["learner", "method", "paper", *PLACE]
+    columns = ["learner", "method", "paper", "init", *PLACE]
     number = rows.groupby(columns, sort=False).ngroup().to_numpy()
     if len(rows) == 0:
         return pd.DataFrame(columns=[*columns, *metrics.ORDER])

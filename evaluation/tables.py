@@ -10,7 +10,7 @@ from evaluation import metrics, results
 from evaluation.results import UNTRAINED
 from options import LEARNERS
 
-METHODS = {"basic": "Basic", "fomaml": "FO-MAML", "maml": "MAML", "melo": "MELO"}
+METHODS = {"basic": "Basic", "fomaml": "FO-MAML", "maml": "MAML", "metal": "MeTAL", "melo": "MELO"}
 ERRORS = ("rmse", "mae", "macro_rmse")
 TITLES = {"rmse": "RMSE", "mae": "MAE", "macro_rmse": "macro-RMSE", "pairs": "pairs in order"}
 TITLES |= {f"ndcg@{k}": f"nDCG@{k}" for k in metrics.CUTS}
@@ -23,6 +23,7 @@ ROWS = {
     "Basic": "the sequence model alone, not adapted to the user",
     "FO-MAML": "adapted to each user by gradient steps; trained to first order",
     "MAML": "adapted to each user by gradient steps that were trained for it",
+    "MeTAL": "MAML with a loss that a network adds to the squared error",
     "MELO": "MAML with a loss that a network weights for each user",
 }
 ABOUT = (
@@ -43,6 +44,8 @@ def write(folder, cells, found):
     differences = [(one, other, results.compare(found, one, other)) for one, other in results.compared(figures)]
     lines = notes(found, cells)
     parts = [f"# {next(iter(found.about.values()))['mode']}", markdown(*figure_table(figures, ERRORS, "n"))]
+    if len(inits_of(found)) > 1:
+        parts += ["RMSE of each training, by --model_init_seed.", markdown(*training_table(found, figures))]
     parts.append("The order of each user's last ten ratings; higher is better.")
     parts.append(markdown(*figure_table(figures, metrics.ORDER, "users")))
     parts.append("Paired differences on the same targets. An error below 0, an order above 0: the first is better.")
@@ -89,6 +92,22 @@ def figure_table(figures, names, count):
     return header, rows
 
 
+def training_table(found, figures):
+    """Header and rows of a table of the RMSE of each method's trainings, as text."""
+    inits, rows = inits_of(found), []
+    for group in figures:
+        mine = results.at_full_support(results.select(found.last, group))
+        if group[0] not in UNTRAINED:
+            each = [np.sqrt(mine.squared[mine.init == init].mean()) for init in inits]
+            rows.append([learner_name(group), title(group), *map(metrics.text, each)])
+    return ["learner", "method", *map(str, inits)], rows
+
+
+def inits_of(found):
+    """The values of --model_init_seed of the runs, where they were given."""
+    return sorted(set(found.last.init[found.last.init >= 0]))
+
+
 def difference_table(differences):
     """Header and rows of the table of differences, as text."""
     shown = ("rmse", "macro_rmse", "ndcg@10", "pairs")
@@ -131,7 +150,8 @@ def notes(found, cells):
     known = list(found.about.values())
     trained = [entry["curve"][-1][0] for entry in known if entry.get("curve")]
     of_folds = "drawn at random" if folds == [-1] else f"fold {listed(folds)} of {known[0]['num_folds']}"
-    noise = "is not in them" if len(seeds) == 1 else "is in them as far as errors are averaged over seeds"
+    repeated = len(seeds) > 1 or len(inits_of(found)) > 1
+    noise = "is not in them" if not repeated else "is in them as far as errors are averaged over trainings"
     lines = [
         f"{found.last.user.nunique()} targets, the last ratings of test users ({of_folds}); seed {listed(seeds)}. "
         "Standard errors (in brackets) and intervals are those of drawing other test users; how much two trainings "

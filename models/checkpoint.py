@@ -26,7 +26,7 @@ import utils
 from utils import UserError
 
 STEP_NAME = re.compile(r"(step|weights)-(\d{8,})\.pt")
-MOST_BYTES = 1 << 30  # of all weights of a run, unless two take more
+MOST_BYTES = 1 << 30  # of all weights of a run without --keep_models, unless two take more
 DIGEST = 2 * hashlib.sha256().digest_size  # characters of the comment
 WEIGHTS = {"system": dict, "options": dict, "fingerprint": str, "item_ids": list, "levels": list}  # what testing needs
 STATE = {**WEIGHTS, "last": dict, "optimizers": list, "loop": dict}  # what going on needs; both have the step, too
@@ -95,11 +95,11 @@ def save_checkpoint(folder, step, state, keep=3):
     return path
 
 
-def save_weights(folder, step, state):
-    """Save what testing needs of `state`, then remove the oldest such files where all take more than MOST_BYTES."""
+def save_weights(folder, step, state, keep=0):
+    """Save what testing needs of `state`, then remove all but the `keep` newest such files (0: those in MOST_BYTES)."""
     path = Path(folder) / "checkpoints" / f"weights-{step:08d}.pt"
     write_checkpoint(path, step, {name: state[name] for name in WEIGHTS})
-    remove_older(folder, "weights", step, max(2, MOST_BYTES // path.stat().st_size))
+    remove_older(folder, "weights", step, keep or max(2, MOST_BYTES // path.stat().st_size))
 
 
 def remove_older(folder, kind, step, keep):

@@ -423,7 +423,8 @@ def test_each_method_is_the_one_its_options_make(method):
     options = compare.read_options(args, Cell("narm", method, True, 1, 7))
     assert (options.model, options.fold, options.random_seed, options.paper_form) == ("narm", 1, 7, True)
     assert options.num_inner_steps == (0 if method == "basic" else 3)
-    assert options.use_adaptive_loss == (method == "melo") and options.use_second_order == (method in ("maml", "melo"))
+    assert options.use_adaptive_loss == (method in ("metal", "melo"))
+    assert options.use_second_order == (method in ("maml", "metal", "melo"))
 
 
 @pytest.mark.parametrize(
@@ -459,6 +460,41 @@ def test_bad_input_is_one_sentence(words, part, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def cells_of(*words):
+    """The trained cells of a command line, and the arguments."""
+    args = compare.parse(list(words))
+    return [cell for cell in compare.list_cells(args) if cell.learner != "simple"], args
+
+
+def test_the_published_preset_runs_the_authors_commands_from_pretrained_embeddings():
+    cells, args = cells_of("--preset=published")
+    assert len(cells) == len(set(cells)) == 4 * 5 * 2 and all(cell.paper and cell.fold == -1 for cell in cells)
+    assert str(args.output) == str(args.report) == "results/published"
+    folders, scripts = set(), {compare.command(args, cell)[0] for cell in cells if cell.method == "basic"}
+    for cell in cells:
+        options = compare.read_options(args, cell)
+        assert (options.model_init_seed, options.num_test_data, options.random_seed) == (cell.init, 1000, 222)
+        assert (
+            options.load_pretrained_embedding
+            and options.pretrain_log_dir == compare.read_options(args, cell._replace(method="basic")).log_dir
+        )
+        assert (options.lstm_hidden, options.lstm_input_size) == (128, 8)
+        if cell.method != "basic":
+            assert (options.num_train_iterations, options.num_samples, options.log_interval) == (2000, 25, 50)
+        folders.add(checkpoint.run_folder(options.log_dir, options.mode, cell.learner, cell.method))
+    assert len(folders) == len(cells) and scripts == {"pretrain.py"}
+
+
+def test_options_replace_those_of_the_preset():
+    words = "--preset=published", "--mode=sample", "--paper_models", "narm", "--paper_methods", "metal", "melo"
+    cells, args = cells_of(*words, "--init_seeds=7", "--num_train_iterations=9", "--output=x")
+    assert [(cell.learner, cell.method, cell.init, cell.fold) for cell in cells] == [
+        ("narm", "metal", 7, 0), ("narm", "melo", 7, 0)
+    ]  # fmt: skip
+    assert [compare.read_options(args, cell).num_train_iterations for cell in cells] == [9, 9]
+    assert str(args.output) == "x"
+
+
 def test_the_run_that_the_demo_offers_to_serve_is_one_of_its_own():
     args = compare.parse(["--demo"])
     cell = next(cell for cell in compare.list_cells(args) if cell.method == "melo")
@@ -491,9 +527,9 @@ KNOWN = {"fingerprint": "x", "mode": "tiny", "scale": [1, 5], "levels": [1, 3, 5
 KNOWN |= {"commit": "abc", "torch": "2", "hardware": "a computer"}
 
 
-def write_cell(folder, method, fold, seed, users, errors):
+def write_cell(folder, method, fold, seed, users, errors, init=None):
     """A file of predictions with the given errors at full support; targets are 3."""
-    cell = Cell("narm", method, False, fold, seed)
+    cell = Cell("narm", method, False, fold, seed, init)
     frame = pd.DataFrame({"user": users, "item": 1, "target": 3.0, "prediction": 3.0 + np.array(errors)})
     frame = frame.assign(shots=29, support=5, balance=0.5, task="last", method=method)
     frame.attrs = KNOWN
@@ -529,6 +565,28 @@ def test_errors_are_averaged_over_seeds_and_pairs_share_fold_seed_and_user(tmp_p
     assert "4 targets" in text and "fold 0, 1 of 6" in text and "seed 1, 2" in text and "Commit abc" in text
     assert "nan" not in text
     assert list(figures.panels_of(results.groups_of(files, found))) == ["NARM"]
+
+
+def test_errors_are_averaged_over_initialisations_and_the_rmse_of_each_is_shown(tmp_path):
+    files = dict(
+        [
+            write_cell(tmp_path, "maml", 0, 1, [10, 11], [1.0, 0.5], init=5),
+            write_cell(tmp_path, "maml", 0, 1, [10, 11], [0.0, 1.5], init=6),
+            write_cell(tmp_path, "melo", 0, 1, [10, 11], [0.5, 0.5], init=5),
+            write_cell(tmp_path, "melo", 0, 1, [10, 11], [1.0, 2.0], init=6),
+        ]
+    )
+    assert len(set(files.values())) == 4
+    found = results.load(files)
+    maml, melo = (np.array(squared) / 2 for squared in ([1.0, 2.5], [1.25, 4.25]))
+    assert results.summary(found, ("narm", "maml", False))["rmse"] == pytest.approx(np.sqrt(maml.mean()))
+    difference = results.compare(found, ("narm", "melo", False), ("narm", "maml", False))["rmse"]
+    assert difference == pytest.approx(metrics.compare_rmse(melo, maml))
+    tables.write(tmp_path, list(files), found)
+    text = (tmp_path / "table.md").read_text()
+    each = [[np.sqrt((a**2 + b**2) / 2) for a, b in pairs] for pairs in (((1, 0.5), (0, 1.5)), ((0.5, 0.5), (1, 2)))]
+    for title, (first, second) in zip(("MAML", "MELO"), each, strict=True):
+        assert re.search(rf"\| {title} +\| {first:.4f} +\| {second:.4f} +\|", text)
 
 
 def test_commit_says_whether_the_code_differs_and_not_the_results(tmp_path, monkeypatch):

@@ -330,7 +330,7 @@ def save(run, validated=False, best=False):
     if best:
         checkpoint.save_best(run.folder, iteration, state)
     if validated:
-        checkpoint.save_weights(run.folder, iteration, state)
+        checkpoint.save_weights(run.folder, iteration, state, run.options.keep_models)
     else:
         checkpoint.save_checkpoint(run.folder, iteration, state, run.options.keep_checkpoints)
 
