@@ -34,13 +34,14 @@ class Tasks(NamedTuple):
     items: torch.Tensor  # (T, R, S) places in the task's table
     ratings: torch.Tensor  # (T, R, S) standardised ratings
     segment: torch.Tensor  # (T, R, S) number of the window, from 1; 0 is padding
-    position: torch.Tensor  # (T, R, S) counted from the window's end, which is 1; 0 is padding
+    position: torch.Tensor  # (T, R, S) counted from the window's end, which is 1 or, see `query_windows`, 0
     times: torch.Tensor  # (T, R, S) number of windows that the position stands for; see `keep_longest`
     n_support: torch.Tensor  # (T,) number of support ratings
     query_items: torch.Tensor  # (T, Q) places in the task's table
     query_ratings: torch.Tensor  # (T, Q) standardised targets
     query: torch.Tensor  # (T, Q) whether there is a query
     query_weight: torch.Tensor  # (T, Q) what its error counts in the meta-objective
+    in_query: torch.Tensor  # (T, R, S) whether the position is in a query window; see `query_windows`
     fold: torch.Tensor  # (T,) fold of the training users, from 1, that the user is in; 0 is none; see `item_tables`
 
     def to(self, device):
@@ -53,7 +54,7 @@ class Tasks(NamedTuple):
         return part._replace(**{name: getattr(part, name)[:, :rows, :width] for name in IN_ROWS})
 
 
-IN_ROWS = ("items", "ratings", "segment", "position", "times")  # those of shape (T, R, S)
+IN_ROWS = ("items", "ratings", "segment", "position", "times", "in_query")  # those of shape (T, R, S)
 
 
 class Sequences(NamedTuple):
@@ -154,19 +155,22 @@ def sample_tasks(sequences, users, options, *stream):
     A task is a random part of a random user's sequence. The support has all the ratings that fit in a share of
     `full_support` of the tasks. In the others it has a random number of them, from none on and short ones more often,
     as new users have. The one to `num_query_set` ratings that follow are the queries; each is to be rated as the next
-    one after the support.
+    one after the support. With --query_windows there is one, and the windows that end at it are laid out beside those
+    of the support.
     """
     rng = random_stream(options.random_seed, *stream)
     count, longest = options.batch_size, options.max_seq_len - 1
     user = users[rng.integers(len(users), size=count)]
     length = sequences.offsets[user + 1] - sequences.offsets[user]
-    n_query = np.minimum(rng.integers(1, options.num_query_set + 1, size=count), length - 1)
+    most_queries = 1 if options.query_windows else options.num_query_set
+    n_query = np.minimum(rng.integers(1, most_queries + 1, size=count), length - 1)
     most = np.minimum(longest, length - n_query)
     cut = ((most + 2) ** rng.random(count)).astype(np.int64) - 1  # 0 to `most`, uniform in the logarithm of cut + 1
     n_support = np.where(rng.random(count) < options.full_support, most, cut)
     start = sequences.offsets[user] + rng.integers(0, length - n_support - n_query + 1)
     windows = support_windows(n_support, options, rng)
-    tasks = build_tasks(sequences, start, n_support, n_query, options.num_query_set, windows, options)
+    ends = query_windows(n_support, options, rng) if options.query_windows else None
+    tasks = build_tasks(sequences, start, n_support, n_query, most_queries, windows, options, ends)
     return tasks._replace(fold=torch.from_numpy(user % FOLDS + 1))
 
 
@@ -183,19 +187,20 @@ def last_tasks(sequences, users, options, shots=None, back=0, count=1):
     return build_tasks(sequences, end - n_support, n_support, n_query, n_query.max(initial=1), windows, options)
 
 
-def build_tasks(sequences, start, n_support, n_query, most_queries, windows, options):
+def build_tasks(sequences, start, n_support, n_query, most_queries, windows, options, ends=None):
     """`Tasks` of `n_support` (T,) ratings from row `start` (T,) of the sequences on, with `n_query` (T,) queries."""
     place = start[:, None] + n_support[:, None] + np.arange(most_queries)
     query = np.arange(most_queries) < n_query[:, None]
     place = np.where(query, place, start[:, None])
     queries = sequences.items[place] * query, sequences.ratings[place] * query, query
-    return assemble(sequences, start, n_support, windows, queries, options)
+    return assemble(sequences, start, n_support, windows, queries, options, ends)
 
 
-def assemble(sequences, start, n_support, windows, queries, options):
+def assemble(sequences, start, n_support, windows, queries, options, ends=None):
     """`Tasks` from supports of `n_support` (T,) ratings from row `start` (T,) of the sequences on.
 
-    `windows` are those of `support_windows`; `queries` are items (T, Q), ratings (T, Q) and a mask (T, Q).
+    `windows` are those of `support_windows`; `queries` are items (T, Q), ratings (T, Q) and a mask (T, Q). `ends` are
+    those of `query_windows`; they begin rows 1, 2, ..., and stand for no support rating.
     """
     window_start, length, layout = windows
     query_items, query_ratings, query = queries
@@ -203,9 +208,16 @@ def assemble(sequences, start, n_support, windows, queries, options):
 
     # Where each position of a layout comes from: a place `at` in the support
     length, times = keep_longest(window_start, length, keeps_longest(options))
-    row, column = pack(length, longest)
+    n_ends, n_known = 0, n_support
+    if ends is not None:
+        parts, times = zip((window_start[layout], length[layout]), ends, strict=True), times[layout]
+        window_start, length = (np.concatenate([own[:, :1], end, own[:, 1:]], 1) for own, end in parts)
+        n_ends, n_known, layout = ends[0].shape[1], n_support + 1, np.arange(len(start))
+    row, column = pack(length, longest, n_ends)
     number, window, inside = positions(length)
     place = number, row[number, window], column[number, window] + inside
+    in_query, ends_at_query = (window > 0) & (window <= n_ends), (window > 0) & options.query_windows
+    first, after = np.minimum((window_start[number, window], inside), np.array(times.shape[1:])[:, None] - 1)
 
     def laid_out(values, dtype):
         out = np.zeros((len(length), 1 + row.max(), longest), dtype)
@@ -215,9 +227,10 @@ def assemble(sequences, start, n_support, windows, queries, options):
     at = laid_out(window_start[number, window] + inside, np.int64)
     segment = laid_out(window + 1, np.int64)
 
-    # The supports (T, S), and from them the rows of all windows (T, R, S)
-    task, inner = (np.arange(longest) < n_support[:, None]).nonzero()
-    items, ratings = np.zeros((len(start), longest), np.int64), np.zeros((len(start), longest), np.float32)
+    # The supports (T, S), with query windows also the query, and from them the rows of all windows (T, R, S)
+    known = longest + (ends is not None)
+    task, inner = (np.arange(known) < n_known[:, None]).nonzero()
+    items, ratings = np.zeros((len(start), known), np.int64), np.zeros((len(start), known), np.float32)
     items[task, inner] = sequences.items[start[task] + inner]
     ratings[task, inner] = sequences.ratings[start[task] + inner]
     table, slots = task_tables(np.concatenate([items, query_items], axis=1), 1 + longest + query_items.shape[1])
@@ -227,13 +240,14 @@ def assemble(sequences, start, n_support, windows, queries, options):
 
     arrays = Tasks(
         table=table,
-        items=in_rows(slots[:, :longest]),
+        items=in_rows(slots[:, :known]),
         ratings=in_rows(ratings),
         segment=segment,
-        position=laid_out(length[number, window] - inside, np.int64),
-        times=laid_out(times[number, window_start[number, window], inside], np.float32),
+        position=laid_out(length[number, window] - inside - ends_at_query, np.int64),
+        times=laid_out(np.where(in_query, 0, times[number, first, after]), np.float32),
+        in_query=laid_out(in_query, np.bool_),
         n_support=n_support,
-        query_items=slots[:, longest:],
+        query_items=slots[:, known:],
         query_ratings=query_ratings.astype(np.float32),
         query=query,
         query_weight=sequences.weights[nearest_level(query_ratings, sequences.levels)].astype(np.float32),
@@ -245,29 +259,42 @@ def assemble(sequences, start, n_support, windows, queries, options):
 def support_windows(n_support, options, rng=None):
     """Up to `num_samples` distinct windows of each support: (start (L, W), length (L, W), layout (T,)).
 
-    A support has the windows of its layout; length 0 is padding. Window 0 is the whole support. Windows are numbered by
-    falling length, so that number i lacks d = floor((sqrt(8 i + 1) - 1) / 2) ratings. Without `rng` the numbers lie at
-    equal distances, so that supports of one length have one layout.
+    A support has the windows of its layout; length 0 is padding. Window 0 is the whole support, and the only one where
+    there are no inner steps to learn from the others. Windows are numbered by falling length, so that number i lacks
+    d = floor((sqrt(8 i + 1) - 1) / 2) ratings. Without `rng` the numbers lie at equal distances, so that supports of one
+    length have one layout.
     """
+    most = options.num_samples if options.num_inner_steps else 1
     layout = np.arange(len(n_support))
-    if rng is None or options.num_samples == 1:
+    if rng is None or most == 1:
         n_support, layout = np.unique(n_support, return_inverse=True)
     shortest = np.minimum(options.min_sub_window_size, np.maximum(n_support, 1))
     kinds = n_support - shortest + 1
     total = kinds * (kinds + 1) // 2
-    if rng is None or options.num_samples == 1:
-        chosen = np.minimum(options.num_samples, total)[:, None]
-        rank = np.arange(options.num_samples)
+    if rng is None or most == 1:
+        chosen = np.minimum(most, total)[:, None]
+        rank = np.arange(most)
         number = np.where(rank < chosen, rank * total[:, None] // np.maximum(chosen, 1), -1)
     else:
-        keys = rng.random((len(n_support), max(options.num_samples, total.max())))
+        keys = rng.random((len(n_support), max(most, total.max())))
         keys[:, 0] = -1
         keys[np.arange(keys.shape[1]) >= total[:, None]] = 2
-        number = np.argsort(keys, axis=1)[:, : options.num_samples]
+        number = np.argsort(keys, axis=1)[:, :most]
         number = np.where(np.take_along_axis(keys, number, 1) < 2, number, -1)
     lacking = ((np.sqrt(8 * np.maximum(number, 0) + 1) - 1) // 2).astype(np.int64)
     length = np.where(number >= 0, n_support[:, None] - lacking, 0)
     return np.maximum(number, 0) - lacking * (lacking + 1) // 2, length, layout
+
+
+def query_windows(n_support, options, rng):
+    """`num_query_set` windows of random length that end at the rating after each support: (start, length), (T, W).
+
+    Their last position is that of a query, 0, which all windows but the history then share.
+    """
+    most = np.minimum(n_support + 1, options.max_seq_len - 1)[:, None]
+    least = np.minimum(options.min_sub_window_size, most)
+    length = rng.integers(least, most + 1, size=(len(n_support), options.num_query_set))
+    return n_support[:, None] + 1 - length, length
 
 
 def keeps_longest(options):
@@ -294,11 +321,15 @@ def keep_longest(start, length, longest_alone):
     return np.where(length == most[every, start], length, 0), times[..., ::-1].cumsum(-1)[..., ::-1]
 
 
-def pack(length, width):
-    """First-fit packing of windows (T, W) into rows of `width` positions, longest first: (row, column), each (T, W)."""
-    order = np.argsort(-length[:, 1:], axis=1, kind="stable") + 1
+def pack(length, width, n_ends=0):
+    """First-fit packing of windows (T, W) into rows of `width` positions, longest first: (row, column), each (T, W).
+
+    Window 0 begins row 0, and the `n_ends` windows after it the rows after it.
+    """
+    fixed = np.arange(1 + n_ends)
+    order = np.argsort(-length[:, len(fixed) :], axis=1, kind="stable") + len(fixed)
     row, column, used = np.zeros_like(length), np.zeros_like(length), np.zeros_like(length)
-    used[:, 0] = length[:, 0]
+    row[:, fixed], used[:, fixed] = fixed, length[:, fixed]
     tasks = np.arange(len(length))
     for window in order.T:
         need = length[tasks, window]

@@ -25,13 +25,15 @@ class Adapted(NamedTuple):
 
     theta: dict  # {name: (T, ...)} the adapted parameters
     queries: torch.Tensor  # (T, K + 1, Q) standardised predictions before the first and after each inner step
-    support: list  # K tensors (T, R, S), the support predictions that each step started from
+    support: list  # tensors (T, R, S), the support predictions that each of the K steps started from
+    windows: torch.Tensor | None  # (T, K + 1, W S) as `queries`, for all positions of W query windows; None for W = 0
 
 
-def adapt(member, tasks, tables, second_order):
+def adapt(member, tasks, tables, second_order, n_windows=0):
     """The inner loop: equations 1 to 4 of docs/METHOD.md, for all tasks at once. Returns `Adapted`.
 
-    `tables` are the tasks' rows of the item tables {name: (T, U, width)}.
+    `tables` are the tasks' rows of the item tables {name: (T, U, width)}; `n_windows` is W, the number of the tasks'
+    query windows.
     """
     adapts_all = member.options.adapt == "all" and member.options.num_inner_steps > 0
     way = AdaptAll if adapts_all else AdaptHead
@@ -46,7 +48,9 @@ def adapt(member, tasks, tables, second_order):
         theta = theta - alpha[step] * direction(gradient, theta)  # (4): (T, P)
         thetas.append(theta)
         support.append(predicted)
-    return Adapted(split(theta, user.shapes), user.predict_queries(thetas), support)
+    queries, last = user.predict_queries(thetas, n_windows)
+    of_windows = [predicted[:, 1 : 1 + n_windows].flatten(1) for predicted in [*support, last]] if n_windows else []
+    return Adapted(split(theta, user.shapes), queries, support, torch.stack(of_windows, 1) if n_windows else None)
 
 
 class AdaptHead:
@@ -70,9 +74,11 @@ class AdaptHead:
         gram = (self.features * times.flatten(1)[..., None]).mT @ self.features
         return gram if self.second_order else gram.detach()
 
-    def predict_queries(self, thetas):
+    def predict_queries(self, thetas, n_windows):
+        """Predictions of the queries (T, K + 1, Q) and, for query windows, of the support by the last theta."""
         at_zero, features = self.query_features[..., 0], self.query_features[..., 1:]
-        return torch.baddbmm(at_zero[:, None], torch.stack(thetas, 1), features.mT)
+        queries = torch.baddbmm(at_zero[:, None], torch.stack(thetas, 1), features.mT)
+        return queries, self.predict_support(thetas[-1]) if n_windows else None
 
 
 class AdaptAll:
@@ -105,9 +111,10 @@ class AdaptAll:
         create = self.second_order and self.training
         return torch.autograd.grad(predicted, self.leaf, slope, retain_graph=self.training, create_graph=create)[0]
 
-    def predict_queries(self, thetas):
-        history_alone = self.tasks.take(slice(None), rows=1)
-        self.memories.append(self.call(thetas[-1], "predict_support", history_alone)[1])
+    def predict_queries(self, thetas, n_windows):
+        history_and_windows = self.tasks.take(slice(None), rows=1 + n_windows)
+        last, memory = self.call(thetas[-1], "predict_support", history_and_windows)
+        self.memories.append(memory)
         # The queries of all steps are one call, as if of T (K + 1) tasks.
         theta, *memory = (
             torch.stack(values, 1).flatten(0, 1)
@@ -115,7 +122,7 @@ class AdaptAll:
         )
         memory = pytree.tree_unflatten(memory, pytree.tree_structure(self.memories[0]))
         items = self.tasks.query_items.repeat_interleave(len(thetas), 0)
-        return self.call(theta, "predict_query", items, memory).unflatten(0, (-1, len(thetas)))
+        return self.call(theta, "predict_query", items, memory).unflatten(0, (-1, len(thetas))), last
 
 
 def first_theta(learner, names, tables):
@@ -269,9 +276,10 @@ class MetaLearner(nn.Module):
         mean, std, low, high = scale
         self.loss_network = loss_network.build(options, ((low - mean) / std, (high - mean) / std))
 
-    def adapt(self, tasks, second_order=False, shifts=None):
+    def adapt(self, tasks, second_order=False, shifts=None, n_windows=0):
         """`Adapted` to the tasks; for `shifts` see `look_up`."""
-        return adapt(self, tasks, look_up(self.learner, tasks, shifts, self.options.sparse_items), second_order)
+        tables = look_up(self.learner, tasks, shifts, self.options.sparse_items)
+        return adapt(self, tasks, tables, second_order, n_windows)
 
     def forward(self, tasks, second_order=False, shifts=None):
         """Standardised query predictions after 0..K inner steps: (T, K + 1, Q)."""
@@ -408,17 +416,30 @@ def query_losses(predictions, tasks, loss=torch.square, weight=1):
     return errors.sum(-1) / tasks.query.sum(-1, keepdim=True)
 
 
+def with_windows(tasks, count):
+    """Tasks whose queries are followed by the positions of the `count` windows of `dataloader.query_windows`."""
+    mask, ratings = tasks.in_query[:, 1 : 1 + count].flatten(1), tasks.ratings[:, 1 : 1 + count].flatten(1)
+    return tasks._replace(
+        query=torch.cat([tasks.query, mask], 1),
+        query_ratings=torch.cat([tasks.query_ratings, ratings], 1),
+        query_weight=torch.cat([tasks.query_weight, torch.ones_like(ratings)], 1),
+    )
+
+
 def meta_loss(system, tasks, weights, shifts, n_tasks):
     """The meta-objective of tasks that are a part of `n_tasks`: (loss, figures (3,)).
 
     Each member of the system follows its own loss, whose weights (K + 1,) are those of `objective_weights`. The figures
     are the squared error before adapting and after it, and the absolute error after it, of the members' mean.
     """
-    loss, predictions = 0, []
+    loss, predictions, options = 0, [], system.options
+    n_windows = options.num_query_set if options.query_windows else 0
+    targets = with_windows(tasks, n_windows) if n_windows else tasks
     for member, shift in zip(system.members, shifts, strict=True):
-        predicted = member(tasks, system.options.use_second_order, shift)
-        loss = loss + (query_losses(predicted, tasks, weight=tasks.query_weight).sum(0) @ weights) / n_tasks
+        adapted = member.adapt(tasks, options.use_second_order, shift, n_windows)
+        predicted = torch.cat([adapted.queries, adapted.windows], -1) if n_windows else adapted.queries
+        loss = loss + (query_losses(predicted, targets, weight=targets.query_weight).sum(0) @ weights) / n_tasks
         predictions.append(predicted.detach())
     mean = torch.stack(predictions).mean(0)
-    squared, absolute = query_losses(mean, tasks).sum(0), query_losses(mean, tasks, torch.abs).sum(0)
+    squared, absolute = query_losses(mean, targets).sum(0), query_losses(mean, targets, torch.abs).sum(0)
     return loss, torch.stack([squared[0], squared[-1], absolute[-1]]) / n_tasks

@@ -193,6 +193,7 @@ def add_task_options(parser):
     add("num_samples", 1, count(1, 1000), "support windows of a task; the first is the whole support")
     add("min_sub_window_size", 2, count(1, 10_000), "fewest ratings in a support window")
     add("num_query_set", 10, count(1, 10_000), "most queries of a task in training; evaluation has the last rating")
+    add("query_windows", False, bool, "train on all positions of --num_query_set windows that end at one query")
     add("full_support", 0.25, real(0, 1), "share of training tasks with their whole support; others have part of it")
 
 
@@ -476,6 +477,8 @@ def check(options):
         raise UserError(f"--min_outer_lr={options.min_outer_lr} must not be above --{start}={options.outer_lr}")
     if options.item_lr is None:
         options.item_lr = 0.0 if options.head == "joint" else 3e-4
+    if options.query_windows and options.balance:
+        raise UserError("--balance does not go with --query_windows=True: leave one of them out")
     if options.use_second_order is None:
         options.use_second_order = options.use_multi_step or options.use_adaptive_loss
 

@@ -229,6 +229,28 @@ def test_support_lengths_are_uniform_in_the_logarithm():
         assert np.mean(found == n) == pytest.approx(np.log((n + 2) / (n + 1)) / np.log(16), abs=0.01)
 
 
+@pytest.mark.parametrize("model", ["bert4rec", "gru4rec"])
+def test_query_windows_end_at_the_query_and_stand_for_no_support_rating(model):
+    options = tiny.options(batch_size=40, query_windows=True, num_query_set=3, model=model)
+    tasks = drawn_tasks(options, 0)
+    assert tasks.query.shape == (40, 1) and tasks.query.all() and not tasks.times[tasks.in_query].any()
+    lengths = set()
+    for t in range(40):
+        found, [query] = unpack(tasks, t)
+        whole = [entry[:2] for entry in found[1]] + [query]
+        for number in (2, 3, 4):
+            window = found[number]
+            lengths.add(len(window))
+            assert [entry[:2] for entry in window] == whole[-len(window) :]
+            assert [entry[2] for entry in window] == list(range(len(window) - 1, -1, -1))
+            assert tasks.in_query[t, number - 1, : len(window)].all()
+            assert (tasks.segment[t][tasks.in_query[t]] == number).sum() == len(window)
+        assert [entry[2] for entry in found[1]] == list(range(len(found[1]), 0, -1))
+    assert lengths == set(range(2, 7))
+    others = drawn_tasks(tiny.options(batch_size=40, num_query_set=1, model=model), 0)
+    assert torch.equal(tasks.times.sum((1, 2)), others.times.sum((1, 2)))  # of the same supports and windows
+
+
 def test_sampling_is_a_function_of_seed_and_stream():
     options = tiny.options()
     first = drawn_tasks(options, 3)

@@ -24,7 +24,11 @@ def make(model="sasrec", loss="none", adapt="head", **given):
 
 def losses_of(member, tasks, second_order=True):
     """The query losses (T, K + 1) that training takes."""
-    return maml.query_losses(member(tasks, second_order), tasks)
+    if not member.options.query_windows:
+        return maml.query_losses(member(tasks, second_order), tasks)
+    count = member.options.num_query_set
+    adapted = member.adapt(tasks, second_order, n_windows=count)
+    return maml.query_losses(torch.cat([adapted.queries, adapted.windows], -1), maml.with_windows(tasks, count))
 
 
 def plain(member, tasks, second_order):
@@ -40,7 +44,8 @@ def plain(member, tasks, second_order):
         for step in range(member.options.num_inner_steps + 1):
             tables = {name: theta[name] for name in learner.tables()}
             support, query = functional_call(learner, theta, ("predict", task, tables))
-            of_task.append((query - task.query_ratings)[task.query].square().mean())
+            errors = (query - task.query_ratings)[task.query], (support - task.ratings)[task.in_query]
+            of_task.append(torch.cat(errors).square().mean())
             if step == member.options.num_inner_steps:
                 break
             slope = loss_slope(member.loss_network, step, support, task) * task.times
@@ -114,9 +119,10 @@ def test_equals_plain_loop(model, loss, adapt, second):
         assert second == any(g.any() for name, g in got.items() if name.startswith("loss_network"))
 
 
+@pytest.mark.parametrize("windows", [False, True])
 @pytest.mark.parametrize("model", tiny.LEARNERS)
-def test_paper_form_equals_plain_loop(model):
-    member, tasks = make(model, "lstm", "all", paper_form=True)
+def test_paper_form_equals_plain_loop(model, windows):
+    member, tasks = make(model, "lstm", "all", paper_form=True, query_windows=windows)
     ours, theirs = losses_of(member, tasks), plain(member, tasks, True)
     torch.testing.assert_close(gradients(ours, member), gradients(theirs, member), rtol=1e-6, atol=1e-8)
 

@@ -21,6 +21,7 @@ from training import run as runs
 FORMS = {
     "default": [],
     "paper": ["--paper_form=True"],
+    "query windows": ["--paper_form=True", "--query_windows=True"],
     "first order": ["--use_multi_step=False", "--use_adaptive_loss=False"],
     "metal": ["--loss_network=metal"],
     "members": ["--members=2", "--skip_nonfinite=True"],

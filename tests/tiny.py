@@ -137,6 +137,7 @@ def lay_out(rows, width=None, query_items=(1,), seed=0):
         query_ratings=torch.zeros(query.shape, dtype=torch.float64),
         query=torch.ones(query.shape, dtype=torch.bool),
         query_weight=torch.ones(query.shape, dtype=torch.float64),
+        in_query=torch.zeros_like(whole["segment"], dtype=torch.bool),
         fold=torch.tensor([0]),
         **{name: value.long() for name, value in whole.items()},
     )
