@@ -54,7 +54,7 @@ METHODS = {
 }
 USUAL_METHODS = ("basic", "fomaml", "maml", "melo")
 PAPER_METHODS = ("basic", "maml", "melo")
-SET_HERE = {"model", "fold", "random_seed", "paper_form", "log_dir", "pretrain_log_dir", "test", "resume", "overwrite"}
+SET_HERE = {"model", "fold", "random_seed", "log_dir", "pretrain_log_dir", "test", "resume", "overwrite"}
 PUBLISHED = ("--output=results/published", "--models", "--paper_models", "bert4rec", "sasrec", "narm", "gru4rec")
 PUBLISHED += ("--paper_methods", *METHODS, "--init_seeds", "5", "6", "--load_pretrained_embedding=True")
 # The rest of the authors' commands for their data sets.
@@ -92,8 +92,9 @@ def parse(argv):
     add("--output", type=option_module.folder, default=Path("results"), help="where runs and tables are kept")
     add("--models", nargs="*", default=LEARNERS, choices=LEARNERS, help="learners (default: all)")
     add("--methods", nargs="*", default=USUAL_METHODS, choices=METHODS, help="methods (default: all but metal)")
-    add("--paper_models", nargs="*", default=(), choices=LEARNERS, help="learners with --paper_form=True")
+    add("--paper_models", nargs="*", default=(), choices=LEARNERS, help="learners in the form --paper_form")
     add("--paper_methods", nargs="*", default=PAPER_METHODS, choices=METHODS, help="their methods")
+    add("--paper_form", default=True, type=option_module.paper_form, metavar="True|code", help="(default: True)")
     add("--folds", nargs="+", default=[0], type=count(-1), help="test users; -1: --num_test_data users (default: 0)")
     text = "values of --random_seed, which also draws the folds (default: 222)"
     add("--seeds", nargs="+", default=[222], type=count(0, 2**32 - 2), help=text)
@@ -146,6 +147,8 @@ def check(args, given):
         unused = sorted(given) + [name for name in ("jobs", "threads", "export_targets") if getattr(args, name)]
         if unused and not args.demo:
             raise UserError(f"--report_only reads kept predictions: leave out {', '.join(f'--{n}' for n in unused)}")
+    if not args.paper_form:
+        raise UserError("--paper_form is that of --paper_models: give True or code")
     if len(dict(args.external)) < len(args.external):
         raise UserError("--external has two files of one name: give each a name of its own")
     if args.external and args.export_targets:
@@ -154,7 +157,7 @@ def check(args, given):
 
 def list_cells(args):
     """All cells that the options name; their order does not depend on that of the command line."""
-    forms = (False, args.models, args.methods), (True, args.paper_models, args.paper_methods)
+    forms = (False, args.models, args.methods), (args.paper_form, args.paper_models, args.paper_methods)
     kinds = []
     for paper, models, methods in forms:
         kinds += [(m, method, paper) for m in LEARNERS if m in models for method in METHODS if method in methods]
@@ -166,7 +169,7 @@ def list_cells(args):
 
 def command(args, cell):
     """The cell's script and its arguments."""
-    place = args.output / "runs" / f"{predictions.place_of(cell)}{'-paper' if cell.paper else ''}"
+    place = args.output / "runs" / f"{predictions.place_of(cell)}{predictions.FORMS[cell.paper]}"
     words = [f"--fold={cell.fold}", f"--random_seed={cell.seed}", f"--log_dir={place}", f"--pretrain_log_dir={place}"]
     if cell.learner != "simple":
         words += [f"--model={cell.learner}", *METHODS[cell.method], f"--paper_form={cell.paper}"]
@@ -344,7 +347,8 @@ def shown(cell):
     """A cell in a few words."""
     what = "simple predictors" if cell.learner == "simple" else f"{cell.learner} {cell.method}"
     init = "" if cell.init is None else f" init {cell.init}"
-    return f"{what}{' (paper)' if cell.paper else ''} fold {cell.fold} seed {cell.seed}{init}"
+    form = predictions.FORMS[cell.paper].replace("-", " ")
+    return f"{what}{form} fold {cell.fold} seed {cell.seed}{init}"
 
 
 @contextlib.contextmanager

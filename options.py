@@ -49,6 +49,9 @@ PAPER_FORM = {
     "loss_lr": 1e-2, "task_info_lr": 1e-2, "lstm_lr": 1e-1,
     "pretrain_epochs": 100, "val_size": 600, "log_interval": 50,
 }  # fmt: skip
+# What the authors' code does otherwise than their paper says; see docs/METHOD.md.
+CODE_FORM = {**PAPER_FORM, "query_windows": True, "normalize_loss": False}
+FORMS = {False: {}, True: PAPER_FORM, "code": CODE_FORM}  # --paper_form
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,6 +91,10 @@ def true_or_false(text):
     if text not in ("True", "False"):
         raise argparse.ArgumentTypeError(f"write True or False, not '{shorten(text)}'")
     return text == "True"
+
+
+def paper_form(text):
+    return text if text == "code" else true_or_false(text)
 
 
 def number(kind, low, high, infinite=False):
@@ -301,7 +308,8 @@ def build_parser(description):
     """The parser of all options of main.py and pretrain.py."""
     parser = Parser(description)
     add = group(parser, "preset")
-    add("paper_form", False, bool, "use the published method's values below; options that are given still count")
+    text = "use the values of the paper (True) or of its authors' code; options that are given still count"
+    add("paper_form", False, paper_form, text, nargs="?", const=True, metavar="True|False|code")
     for add_options in (
         *(add_data_options, add_split_options, add_task_options, add_learner_options, add_inner_options),
         *(add_loss_options, add_outer_options, add_pretrain_options, add_run_options),
@@ -347,11 +355,10 @@ def read(description, argv=None, **defaults):
     """The options as given, unchecked; `defaults` replaces some defaults."""
     first = Parser(add_help=False)  # the two that choose defaults, so that --help shows these
     first.add_argument("--mode")
-    first.add_argument("--paper_form", nargs="?", const=True, type=true_or_false)
+    first.add_argument("--paper_form", nargs="?", const=True, type=paper_form, default=False)
     chosen, _ = first.parse_known_args(argv)
     parser = build_parser(description)
-    form = PAPER_FORM if chosen.paper_form else {}
-    parser.set_defaults(**{**form, **defaults})
+    parser.set_defaults(**{**FORMS[chosen.paper_form], **defaults})
     return parser.parse_args(argv)
 
 

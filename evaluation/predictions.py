@@ -25,6 +25,7 @@ from utils import UserError
 
 SHOTS = (0, 1, 2, 3, 5, 10, 20, 29)  # support ratings of the cold-start curve, as far as max_seq_len allows
 SIMPLE_OPTIONS = ("fold", "num_folds", "num_test_data", "random_seed", "max_seq_len", "mode")
+FORMS = {False: "", True: "-paper", "code": "-code"}  # in the names of files, by --paper_form
 NUMBERS = ("target", "prediction", "support", "shots", "balance")  # columns of a file, beside those in KEY
 KEY = ["method", "task", "shots", "user", "item"]  # task: "last", a user's last rating; "order", the last ten
 ABOUT = {"options": dict, "mode": str, "num_folds": int, "fingerprint": str, "scale": list, "levels": list}
@@ -36,7 +37,7 @@ class Cell(NamedTuple):
 
     learner: str
     method: str
-    paper: bool
+    paper: bool | str  # --paper_form: False, True or "code"
     fold: int
     seed: int
     init: int | None = None  # --model_init_seed, where it is not left at its default
@@ -44,7 +45,7 @@ class Cell(NamedTuple):
 
 def path_of(folder, cell):
     """The cell's file in a folder of predictions."""
-    return Path(folder) / f"{cell.learner}-{cell.method}{'-paper' if cell.paper else ''}-{place_of(cell)}.parquet"
+    return Path(folder) / f"{cell.learner}-{cell.method}{FORMS[cell.paper]}-{place_of(cell)}.parquet"
 
 
 def place_of(cell):

@@ -11,6 +11,7 @@ from evaluation.results import UNTRAINED
 from options import LEARNERS
 
 METHODS = {"basic": "Basic", "fomaml": "FO-MAML", "maml": "MAML", "metal": "MeTAL", "melo": "MELO"}
+FORMS = {False: "", True: ", as published", "code": ", authors' code"}  # behind a learner's name, by --paper_form
 ERRORS = ("rmse", "mae", "macro_rmse")
 TITLES = {"rmse": "RMSE", "mae": "MAE", "macro_rmse": "macro-RMSE", "pairs": "pairs in order"}
 TITLES |= {f"ndcg@{k}": f"nDCG@{k}" for k in metrics.CUTS}
@@ -61,7 +62,7 @@ def learner_name(group):
     """What a row or a panel calls the learner of (learner, method, paper)."""
     learner, _, paper = group
     name = learner if learner in UNTRAINED else LEARNERS[learner].title
-    return f"{name}, as published" if paper else name
+    return name + FORMS[paper]
 
 
 def title(group):

@@ -435,6 +435,7 @@ def test_each_method_is_the_one_its_options_make(method):
         (["--folds", "6", "--mode=sample"], "--fold=6 must be below"),
         (["--model=narm"], "use --models"),
         (["--test"], "--test is for compare.py to set"),
+        (["--paper_form=False"], "give True or code"),
         (["--cache_dir=test", "--min_item", "many", "--mode=sample"], "--min_item"),
         (["test", "--mode=sample"], "unrecognized arguments: test"),
         (["--methods", "fomaml", "--use_second_order=True", "--mode=sample"], "turn fomaml into maml"),
@@ -483,6 +484,18 @@ def test_the_published_preset_runs_the_authors_commands_from_pretrained_embeddin
             assert (options.num_train_iterations, options.num_samples, options.log_interval) == (2000, 25, 50)
         folders.add(checkpoint.run_folder(options.log_dir, options.mode, cell.learner, cell.method))
     assert len(folders) == len(cells) and scripts == {"pretrain.py"}
+
+
+def test_forms_have_rows_and_folders_of_their_own():
+    words = "--models=narm", "--methods=melo", "--paper_models=narm", "--paper_methods=melo", "--mode=sample"
+    (plain, paper), args = cells_of(*words)
+    (_, code), args_of_code = cells_of(*words, "--paper_form=code")
+    cells = (args, plain), (args, paper), (args_of_code, code)
+    options = [compare.read_options(*pair) for pair in cells]
+    assert [o.paper_form for o in options] == [False, True, "code"] == [cell.paper for _, cell in cells]
+    assert [o.query_windows for o in options] == [False, False, True]
+    assert len({o.log_dir for o in options}) == len({compare.path_of(*pair) for pair in cells}) == 3
+    assert len({tables.learner_name(cell[:3]) for _, cell in cells}) == 3
 
 
 def test_options_replace_those_of_the_preset():

@@ -290,3 +290,10 @@ def test_each_validation_can_be_tested(every, place):
     for step in steps:
         assert main.main(command(log, "--test", f"--checkpoint_step={step}")) == 0
         assert json.loads((log / every.name / "test.json").read_text())["step"] == step
+
+
+def test_as_many_validated_models_are_kept_as_asked_for(place):
+    assert main.main(command(place / "few", "--log_interval=2", "--keep_models=2", "--overwrite")) == 0
+    folder = place / "few" / NAMES["main"]
+    assert list(checkpoint.find_checkpoints(folder, "weights")) == [10, 12]
+    assert main.main(command(place / "few", "--test", "--checkpoint_step=10")) == 0

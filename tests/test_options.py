@@ -129,6 +129,7 @@ def test_switches_may_be_given_with_a_value_as_in_the_original():
     [
         ((), ["at least 150", "(default: joint)"]),
         (("--paper_form=True",), ["(default: 25)", "(default: plain)", "(default: lstm)"]),
+        (("--paper_form=code",), ["(default: 25)", "end at one query (default: True)"]),
     ],
 )
 def test_help_shows_the_defaults_of_a_form(words, shows):
@@ -169,6 +170,7 @@ def test_given_tells_what_a_command_line_sets():
 FORMS = {
     "default": option_module.parse("", ["--mode=amazon", "--checkpoint_minutes=inf"]),
     "paper": option_module.parse("", ["--paper_form=True"]),
+    "code": option_module.parse("", ["--paper_form=code"]),
     "basic": option_module.parse_pretrain("", ["--num_train_iterations=9"]),
 }
 VALUES = st.one_of(
