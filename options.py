@@ -45,12 +45,12 @@ PAPER_FORM = {
     "loss_network": "lstm", "lstm_hidden": 32, "lstm_input_size": 16, "normalize_loss": True,
     "use_multi_step": True, "multi_step_loss_num_epochs": 1000, "members": 1, "balance": 0.0, "gru4rec_n_layers": 2,
     "batch_size": 16, "num_samples": 25, "num_query_set": 3, "full_support": 1.0,
-    "num_train_iterations": 2000, "outer_lr": 1e-3, "min_outer_lr": 1e-4, "item_lr": 1e-3, "learn_lr": 1e-3,
+    "num_train_iterations": 2000, "outer_lr": 1e-3, "min_outer_lr": 1e-4, "item_lr": 1e-3, "learn_lr": 1e-2,
     "loss_lr": 1e-2, "task_info_lr": 1e-2, "lstm_lr": 1e-1,
-    "pretrain_epochs": 100, "val_size": 600, "log_interval": 50,
+    "pretrain_epochs": 100, "pretraining_lr": 1e-3, "val_size": 600, "log_interval": 50,
 }  # fmt: skip
 # What the authors' code does otherwise than their paper says; see docs/METHOD.md.
-CODE_FORM = {**PAPER_FORM, "query_windows": True, "normalize_loss": False}
+CODE_FORM = {**PAPER_FORM, "normalize_loss": False}
 FORMS = {False: {}, True: PAPER_FORM, "code": CODE_FORM}  # --paper_form
 
 
@@ -200,7 +200,8 @@ def add_task_options(parser):
     add("num_samples", 1, count(1, 1000), "support windows of a task; the first is the whole support")
     add("min_sub_window_size", 2, count(1, 10_000), "fewest ratings in a support window")
     add("num_query_set", 10, count(1, 10_000), "most queries of a task in training; evaluation has the last rating")
-    add("query_windows", False, bool, "train on all positions of --num_query_set windows that end at one query")
+    text = "train on all positions of --num_query_set windows that end at one query; default: with --paper_form=code, "
+    add("query_windows", None, bool, text + "and in pretrain.py with any --paper_form")
     add("full_support", 0.25, real(0, 1), "share of training tasks with their whole support; others have part of it")
 
 
@@ -397,7 +398,7 @@ def differing(options):
 PLACES = ("data_path", "cache_dir", "data_url", "log_dir", "pretrain_log_dir")
 
 # Options that earlier versions lack, with the value that does what those did, where it is not the default.
-BEFORE = {}
+BEFORE = {"query_windows": False}
 
 ANY = object()
 
@@ -484,6 +485,8 @@ def check(options):
         raise UserError(f"--min_outer_lr={options.min_outer_lr} must not be above --{start}={options.outer_lr}")
     if options.item_lr is None:
         options.item_lr = 0.0 if options.head == "joint" else 3e-4
+    if options.query_windows is None:
+        options.query_windows = options.paper_form == "code" or bool(options.paper_form) and not options.num_inner_steps
     if options.query_windows and options.balance:
         raise UserError("--balance does not go with --query_windows=True: leave one of them out")
     if options.use_second_order is None:

@@ -129,7 +129,7 @@ def test_switches_may_be_given_with_a_value_as_in_the_original():
     [
         ((), ["at least 150", "(default: joint)"]),
         (("--paper_form=True",), ["(default: 25)", "(default: plain)", "(default: lstm)"]),
-        (("--paper_form=code",), ["(default: 25)", "end at one query (default: True)"]),
+        (("--paper_form=code",), ["(default: 25)", "(default: plain)"]),
     ],
 )
 def test_help_shows_the_defaults_of_a_form(words, shows):
