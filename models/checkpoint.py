@@ -64,7 +64,8 @@ def checkpoint_path(folder, step=-1):
         return paths[step]
     if has_best and step == (best_step := step_of(best)):
         return best
-    there = [str(number) for number in sorted(paths)] + ([f"{best_step} (the best)"] if has_best else [])
+    steps = sorted({*paths, *([best_step] if has_best else [])})
+    there = [f"{number} (the best)" if has_best and number == best_step else str(number) for number in steps]
     if not there:
         raise UserError(f"{folder} holds no checkpoint: train first, with the same --log_dir, --mode and method")
     raise UserError(f"{folder} has no checkpoint of step {step}: --checkpoint_step can be {', '.join(there)} or -1")

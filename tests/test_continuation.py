@@ -292,6 +292,20 @@ def test_each_validation_can_be_tested(every, place):
         assert json.loads((log / every.name / "test.json").read_text())["step"] == step
 
 
+def test_of_a_large_catalogue_few_validated_models_are_kept(every, place, monkeypatch):
+    path = checkpoint.find_checkpoints(every, "weights")[ITERATIONS]
+    state, folder = checkpoint.load_checkpoint(path), place / "large"
+    folder.mkdir(parents=True)
+    for room, kept in ((2.5, [4, 5]), (3.5, [5, 6, 7]), (0.1, [6, 7])):
+        monkeypatch.setattr(checkpoint, "MOST_BYTES", int(room * path.stat().st_size))
+        step = kept[-1]
+        for number in range(step - 2, step + 1):
+            checkpoint.save_weights(folder, number, state)
+        assert list(checkpoint.find_checkpoints(folder, "weights")) == kept
+    with pytest.raises(UserError, match="can be 6, 7 or -1"):
+        checkpoint.checkpoint_path(folder, 3)
+
+
 def test_as_many_validated_models_are_kept_as_asked_for(place):
     assert main.main(command(place / "few", "--log_interval=2", "--keep_models=2", "--overwrite")) == 0
     folder = place / "few" / NAMES["main"]
