@@ -50,7 +50,7 @@ PAPER_FORM = {
     "pretrain_epochs": 100, "pretraining_lr": 1e-3, "val_size": 600, "log_interval": 50,
 }  # fmt: skip
 # What the authors' code does otherwise than their paper says; see docs/METHOD.md.
-CODE_FORM = {**PAPER_FORM, "normalize_loss": False}
+CODE_FORM = {**PAPER_FORM, "normalize_loss": False, "absolute_weights": True}
 FORMS = {False: {}, True: PAPER_FORM, "code": CODE_FORM}  # --paper_form
 
 
@@ -244,6 +244,7 @@ def add_loss_options(parser):
     add("use_adaptive_loss", True, bool, "learn a loss per user (MELO); False: squared error (MAML)")
     add("loss_network", "mlp", str, "the network that gives the weights", choices=list(LOSS_NETWORKS))
     add("normalize_loss", False, bool, "scale the weights to mean 1 over a user's support")
+    add("absolute_weights", False, bool, "lstm: absolute values of its last layer for weights in place of exponentials")
     add("use_step_loss", True, bool, "one loss network for each inner step (mlp, metal)")
     add("loss_num_layers", 1, count(1, 64), "hidden layers of the mlp")
     add("lstm_hidden", 16, count(1, 8192), "hidden size of the loss network")
