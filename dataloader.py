@@ -261,8 +261,8 @@ def support_windows(n_support, options, rng=None):
 
     A support has the windows of its layout; length 0 is padding. Window 0 is the whole support, and the only one where
     there are no inner steps to learn from the others. Windows are numbered by falling length, so that number i lacks
-    d = floor((sqrt(8 i + 1) - 1) / 2) ratings. Without `rng` the numbers lie at equal distances, so that supports of one
-    length have one layout.
+    d = floor((sqrt(8 i + 1) - 1) / 2) ratings. Without `rng` the numbers lie at equal distances, so that supports of
+    one length have one layout.
     """
     most = options.num_samples if options.num_inner_steps else 1
     layout = np.arange(len(n_support))
@@ -367,7 +367,8 @@ def task_tables(items, places):
 def sizes(tasks):
     """Rows, width and number of positions that each task needs, three tensors (T,)."""
     used = tasks.segment > 0
-    rows, width = used.any(2).sum(1).clamp_min(1), used.any(1).sum(1).clamp_min(1)
+    rows = (used.any(2) * torch.arange(1, used.shape[1] + 1)).amax(1).clamp_min(1)  # row 0 of no support is empty
+    width = used.any(1).sum(1).clamp_min(1)
     return rows, width, rows * torch.where(rows > 1, tasks.items.shape[2], width)
 
 
