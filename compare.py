@@ -58,7 +58,7 @@ SET_HERE = {"model", "fold", "random_seed", "log_dir", "pretrain_log_dir", "test
 PUBLISHED = ("--output=results/published", "--models", "--paper_models", "bert4rec", "sasrec", "narm", "gru4rec")
 PUBLISHED += ("--paper_methods", *METHODS, "--init_seeds", "5", "6", "--load_pretrained_embedding=True")
 # The rest of the authors' commands for their data sets.
-ON_ML_1M = ("--folds", "-1", "--lstm_hidden=128", "--lstm_input_size=8")
+ON_ML_1M = ("--folds", "-1", "--num_test_data=1000", "--lstm_hidden=128", "--lstm_input_size=8")
 ON_OTHERS = ("--num_train_iterations=3000", "--val_size=1000")
 DEMO = ("--output=log/demo", "--mode=sample", "--models=bert4rec", "--methods", "basic", "maml", "melo")
 DEMO += ("--folds", "0", "1")
