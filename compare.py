@@ -46,7 +46,7 @@ from utils import UserError, run_script, say
 
 ROOT = Path(__file__).parent
 METHODS = {
-    "basic": (),
+    "basic": ("--load_pretrained=False", "--load_pretrained_embedding=False"),
     "fomaml": ("--use_multi_step=False", "--use_adaptive_loss=False"),
     "maml": ("--use_adaptive_loss=False",),
     "metal": ("--loss_network=metal",),
