@@ -475,10 +475,9 @@ def test_the_published_preset_runs_the_authors_commands_from_pretrained_embeddin
     for cell in cells:
         options = compare.read_options(args, cell)
         assert (options.model_init_seed, options.num_test_data, options.random_seed) == (cell.init, 1000, 222)
-        assert (
-            options.load_pretrained_embedding
-            and options.pretrain_log_dir == compare.read_options(args, cell._replace(method="basic")).log_dir
-        )
+        basic = compare.read_options(args, cell._replace(method="basic"))
+        assert options.pretrain_log_dir == basic.log_dir and not basic.load_pretrained_embedding
+        assert options.load_pretrained_embedding == (cell.method != "basic")
         assert (options.lstm_hidden, options.lstm_input_size) == (128, 8)
         if cell.method != "basic":
             assert (options.num_train_iterations, options.num_samples, options.log_interval) == (2000, 25, 50)
