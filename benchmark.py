@@ -50,7 +50,7 @@ def main(argv=None):
     for section in bench.only:
         print(f"\n{section}: {SECTIONS[section].__doc__.splitlines()[0]}", flush=True)
         for name, value, unit, target in SECTIONS[section](bench):
-            print(f"  {name:<58}{value:>12.4g} {unit:<9}{target}", flush=True)
+            print(f"  {name:<58}{value:>12.4g} {unit:<9}{target and f'target: {target}'}", flush=True)
     return 0
 
 

@@ -65,8 +65,9 @@ DEMO += ("--folds", "0", "1")
 NEXT = """Next:
   {bin}/tensorboard --logdir log/demo
       the learning curves, in a browser
-  {bin}/python -m examples.serve --run=log/demo/runs/fold0-seed222/sample-bert4rec-melo
-      the trained model, in a browser: rate items and see what it recommends (the sample has no titles)
+  {bin}/python -m examples.serve --run=log/demo/runs/fold0-seed222/sample-bert4rec-melo \\
+      --titles=Data/sample/titles.csv
+      the trained model, in a browser: rate items and see what it recommends
   {bin}/python main.py
       train on MovieLens-1M (downloaded: 6 MB)"""
 # A run gets a pipe as standard input, which closes when this process ends, however it does; the run then stops.
@@ -269,7 +270,7 @@ def run_all(args, options):
     """Run the cells of {cell: options}: {cell: why it failed}. No script is left running, whatever happens."""
     waiting, running, failed, began = dict(options), {}, {}, time.monotonic()
     slots = places(args, next(iter(options.values())).device) if options else []
-    shape = {"bar_format": "{n_fmt}/{total_fmt} runs |{bar:20}| {elapsed}{postfix}", "dynamic_ncols": True}
+    shape = {"bar_format": "{n_fmt}/{total_fmt} runs |{bar:10}| {elapsed}{postfix}", "dynamic_ncols": True}
     bar = tqdm(total=len(options), **shape, disable=None if options else True)
 
     def ended(cell, error):
@@ -333,12 +334,12 @@ def places(args, device):
 
 
 def show_running(bar, running):
-    """Show beside the bar what is running, and the last iteration in the output of each run."""
+    """Show beside the bar the last iteration in the output of each run; a narrow terminal shows the first runs."""
     lines = []
     for cell, run in running.items():
         text = (run.folder / "output.txt").read_text(errors="replace")
-        found = re.findall(r"^(iteration) +(\d+)", text, re.MULTILINE)
-        lines.append(f"{shown(cell)}{': ' + ' '.join(found[-1]) if found else ''}")
+        found = re.findall(r"^iteration +(\d+)", text, re.MULTILINE)
+        lines.append(f"iteration {found[-1] if found else 0} of {shown(cell)}")
     with contextlib.suppress(OSError):  # the terminal may be gone
         bar.set_postfix_str("; ".join(lines))
 

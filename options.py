@@ -282,7 +282,7 @@ def add_pretrain_options(parser):
     add("pretraining_lr", 3e-3, POSITIVE, "learning rate of pretrain.py")
     add("load_pretrained_embedding", False, bool, "start from the pretrained item tables")
     add("load_pretrained", False, bool, "start from all pretrained weights")
-    add("pretrain_log_dir", "./log_pretrained", path, "where pretrain.py keeps its runs")
+    add("pretrain_log_dir", "./log", path, "where pretrain.py keeps its runs")
 
 
 def add_run_options(parser):

@@ -87,7 +87,8 @@ def create_app(recommender, titles, workers: int) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     def page():
-        return FileResponse(PAGE, headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'"})
+        allowed = "default-src 'self' 'unsafe-inline'; img-src data:"
+        return FileResponse(PAGE, headers={"Content-Security-Policy": allowed})
 
     @app.get("/health")
     def health():

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ratings.titles import read_titles
+
 SAMPLE = Path(__file__).parents[1] / "Data" / "sample"
 
 
@@ -20,6 +22,7 @@ def test_same_bytes_again(tmp_path):
     again = tmp_path / "again.csv"
     subprocess.run([sys.executable, SAMPLE / "make_sample.py", f"--output={again}"], check=True, cwd=tmp_path)
     assert again.read_bytes() == (SAMPLE / "ratings.csv").read_bytes()
+    assert (tmp_path / "titles.csv").read_bytes() == (SAMPLE / "titles.csv").read_bytes()
 
 
 def test_other_seed_gives_other_ratings(tmp_path):
@@ -38,6 +41,12 @@ def test_size_and_ranges(table):
     assert table.groupby("item_id").size().min() >= 50
     assert not table.duplicated(["user_id", "item_id"]).any()
     assert table.timestamp.is_monotonic_increasing
+
+
+def test_every_item_has_a_title(table):
+    titles = read_titles(SAMPLE / "titles.csv")
+    assert set(titles.by_item) == set(table.item_id.astype(str))
+    assert titles.find("film 17") == (["17"], False) and titles.find(titles.by_item["17"]) == (["17"], True)
 
 
 def test_ratings_are_imbalanced(table):

@@ -76,7 +76,7 @@ def test_pretrained_run_is_tested_on_the_same_users(trained):
     run(trained, "pretrain.py", *SAMPLE, *SMALL, "--checkpoint_step=2", "--test")
     counts = [
         [row["n"] for row in json.loads((trained / folder / "test.json").read_text())["by_rating"]]
-        for folder in ("log/sample-bert4rec-melo", "log_pretrained/sample-bert4rec-basic")
+        for folder in ("log/sample-bert4rec-melo", "log/sample-bert4rec-basic")
     ]
     assert counts[0] == counts[1]
 

@@ -329,8 +329,12 @@ async function drive() {
   search.value = "TITRE 2";
   search.dispatchEvent(new Event("input"));
   result.found = find("#found .name").map(node => node.textContent);
-  find("#found li:first-child input[value='1']")[0].click();
+  const star = find("#found li:first-child input[value='1']")[0];
+  star.focus();
+  star.click();
   await until("change", () => top10() !== before && find("#rated .weights span").length > 0);
+  const focused = frame.contentDocument.activeElement;  // arrow keys go on from it
+  result.focus = focused.closest("#found") !== null && focused.value === "1" && focused.checked;
   result.rated = find("#rated .name").map(node => node.textContent);
   result.weights = find("#rated .weights")[0].getAttribute("aria-label");
   const first = top10();
@@ -385,5 +389,5 @@ def test_the_page_in_a_browser(recommender, tmp_path):
     assert found["weights"].startswith("weights by step: ") and found["pressed"] == 1
     place, sentence, points = found["chosen"]
     assert sentence.startswith(place.removeprefix("3. ")) and points == recommender.options.num_inner_steps + 1
-    assert found["narrow"] <= 360 and found["unnamed"] == 0
+    assert found["narrow"] <= 360 and found["unnamed"] == 0 and found["focus"]
     assert "cannot be reached" in found["error"]

@@ -24,7 +24,7 @@ CHARTS = {
 }
 FINAL = ("validation/best_rmse", "test/rmse", "test/mae", "test/macro_rmse")  # figures of the HPARAMS tab
 MOST_ITEMS = 10_000  # in the projector, the most rated ones; a browser moves no more
-TITLES = ("movies.dat", "movies.csv", "u.item")  # beside the ratings, as MovieLens comes
+TITLES = ("movies.dat", "movies.csv", "u.item", "titles.csv")  # beside the ratings
 
 
 # -----------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Write the bundled sample of synthetic ratings.
 
-    python Data/sample/make_sample.py        # gives ratings.csv again, byte for byte
+    python Data/sample/make_sample.py        # gives ratings.csv and titles.csv again, byte for byte
 
 A rating is the user's level + the item's effect (drifting with the years) + taste . item factors (the taste
 moves from one point to another during the user's history) + a mood that fades over some ratings + satiation
@@ -15,7 +15,7 @@ import numpy as np
 
 LEVELS = [5.2, 3.9, 3.0]  # of enthusiasts, ordinary users and critics
 SHARES = [0.53, 0.31, 0.16]
-GENRES = 8
+GENRES = "comedy", "drama", "thriller", "romance", "western", "animation", "science fiction", "horror"
 START, YEARS = 1_400_000_000, 4  # seconds; length of the period
 YEAR = 365 * 24 * 3600
 
@@ -23,7 +23,7 @@ YEAR = 365 * 24 * 3600
 def parse_options(arguments=None):
     parser = argparse.ArgumentParser(description="Write the bundled sample of synthetic ratings.")
     add = parser.add_argument
-    add("--output", default=Path(__file__).with_name("ratings.csv"), help="file to write (default: %(default)s)")
+    add("--output", default=Path(__file__).with_name("ratings.csv"), help="file to write, with titles.csv beside it (default: %(default)s)")
     add("--seed", type=int, default=20, help="random seed (default: %(default)s)")
     add("--users", type=int, default=900, help="number of users (default: %(default)s)")
     add("--items", type=int, default=220, help="number of items (default: %(default)s)")
@@ -33,8 +33,8 @@ def parse_options(arguments=None):
 
 def make_items(random, options):
     """Everything about the items: genre, effect, yearly drift, factors, popularity."""
-    genre = random.randint(GENRES, size=options.items)
-    centres = random.normal(0, 1, (GENRES, options.rank))
+    genre = random.randint(len(GENRES), size=options.items)
+    centres = random.normal(0, 1, (len(GENRES), options.rank))
     return {
         "genre": genre,
         "effect": random.normal(0, 0.45, options.items),
@@ -86,20 +86,26 @@ def make_user(random, items, options):
 
 
 def make_rows(options):
-    """(user, item, rating, time) rows in order of time."""
+    """((user, item, rating, time) rows in order of time, the items' titles)."""
     random = np.random.RandomState(options.seed)
     items = make_items(random, options)
+    titles = [f"Film {number} ({GENRES[genre]})" for number, genre in enumerate(items["genre"], 1)]
     rows = []
     for user in range(1, options.users + 1):
         for item, rating, time in zip(*make_user(random, items, options), strict=True):
             rows.append((user, item + 1, rating, time))
-    return sorted(rows, key=lambda row: (row[3], row[0]))
+    return sorted(rows, key=lambda row: (row[3], row[0])), titles
+
+
+def write(path, header, rows):
+    path.write_text("".join([f"{header}\n", *(",".join(map(str, row)) + "\n" for row in rows)]), newline="\n")
 
 
 def main():
     options = parse_options()
-    lines = [",".join(map(str, row)) + "\n" for row in make_rows(options)]
-    Path(options.output).write_text("user_id,item_id,rating,timestamp\n" + "".join(lines), newline="\n")
+    rows, titles = make_rows(options)
+    write(Path(options.output), "user_id,item_id,rating,timestamp", rows)
+    write(Path(options.output).with_name("titles.csv"), "item_id,title", enumerate(titles, 1))
 
 
 if __name__ == "__main__":
