@@ -1,7 +1,8 @@
 """Other programs' predictions beside ours: the targets as CSV files to predict, and the predictions as rows of a table.
 
 A target is named by its task: "last" is a user's last rating, predicted from the ratings before it; "order" are the
-user's last ten, all predicted from the ratings before these ten.
+user's last ten, all predicted from the ratings before these ten. Supports are oldest first. For the curve over the
+number of known ratings, "last" is also predicted from the last `shots` ratings of its support.
 """
 
 import io
@@ -47,16 +48,18 @@ def read(name, path, rows):
     """The predictions of a CSV file as rows like those of kept predictions, `rows`, whose targets it must all have.
 
     The columns are user, item and prediction; fold and seed where `rows` has several of them; task where the order is
-    to be scored too. UserError for missing, doubled or foreign targets and for what is no prediction.
+    to be scored too; shots where all numbers of known ratings are predicted ("order": from the largest).
+
+    UserError for missing, doubled or foreign targets and for what is no prediction.
     """
     given = read_table(path)
     keys = ["user", "item"] + [place for place in ("fold", "seed") if rows[place].nunique() > 1]
-    if "task" in given:
-        keys.append("task")
+    keys += [name for name in ("task", "shots") if name in given]
     if lacking := [column for column in (*keys, "prediction") if column not in given]:
         raise UserError(f"{path} lacks the column {', '.join(lacking)}: it needs {', '.join([*keys, 'prediction'])}")
-    targets = rows[(rows.task == "order") | (rows.shots == rows.shots.max())]
-    targets = targets.drop_duplicates(["task", "fold", "seed", "user", "item"])
+    targets = rows.drop_duplicates(["task", "fold", "seed", "user", "item", "shots"])
+    if "shots" not in given:
+        targets = targets[targets.shots == targets.shots.max()]
     if "task" not in given:
         targets = targets[targets.task == "last"]
     targets = targets.drop(columns=["prediction", "method", "learner", "paper"])

@@ -1,10 +1,11 @@
 """Pictures of a comparison, PNG and SVG, told apart by colour, marker and line: for print and colour-blind readers.
 
-Bands and bars are 95 % intervals over test users. Methods that lie close together are drawn as paired differences
-from the damped means, which leaves out what makes some users harder than others for all methods.
+Methods that lie close together are drawn as paired differences from the damped means, which leaves out what makes some
+users harder than others for all methods. Bands are 95 % intervals over test users.
 """
 
 import io
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -26,14 +27,18 @@ LOOK = {
     "matrix factorisation": {"color": "#000000", "marker": "x", "linestyle": ":"},
     "damped means": {"color": "#777777", "marker": "+", "linestyle": "--"},
     "item mean": {"color": "#CC79A7", "marker": "v", "linestyle": ":"},
-    "user mean": {"color": "#8C6D1F", "marker": "d", "linestyle": "-."},
     "balanced": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "imbalanced": {"color": "#A6A000", "marker": "s", "linestyle": "--"},
 }
-SIMPLE = ("user mean", "item mean", "damped means", "matrix factorisation")  # of the first picture
+OTHERS = (  # other programs
+    {"color": "#7B3FA0", "marker": "P", "linestyle": "-."},
+    {"color": "#8B2500", "marker": "*", "linestyle": "--"},
+    {"color": "#5F6B00", "marker": "<", "linestyle": ":"},
+)
+SIMPLE = ("item mean", "damped means", "matrix factorisation")  # of the first picture
 STYLE = {"svg.hashsalt": "melo", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 WIDTH = 8.3  # inches; as wide as a README shows a picture, the text is 11 points high
-NAMES = {"amazon": "Amazon", "yelp": "Yelp", "sample": "the bundled sample", "csv": "own data", "parquet": "own data"}
+NAMES = {"amazon": "Amazon", "yelp": "Yelp", "sample": "the bundled sample", "ml-latest": "MovieLens-latest"}
 
 
 def draw_all(folder, cells, found):
@@ -41,28 +46,32 @@ def draw_all(folder, cells, found):
     groups = [group for group in results.groups_of(cells, found) if len(select(found.last, group))]
     known = next(iter(found.about.values()))
     levels, shots = np.array(known["levels"]), sorted(found.last.shots.unique())
-    where = f"{name_of(known['mode'])}, {found.last.user.nunique():,} test users, the last rating of each"
+    where = f"{name_of(found.about)}, {found.last.user.nunique():,} test users, the last rating of each"
     full = at_full_support(found.last)
     balance = np.minimum(5 * full.balance.to_numpy(), 4).astype(np.int64)  # five bins of equal width over [0, 1]
-    bins = [f"{i / 5:g}–{(i + 1) / 5:g}" for i in range(5)]
     panels = panels_of(groups)
     pictures = {
         "cold_start_learners": (found.last, found.last.shots.to_numpy(), shots, shots, "ratings known of the user"),
         "by_rating": (full, full.level.to_numpy(), range(len(levels)), [f"{v:g}" for v in levels], "rating to predict"),
-        "by_balance": (full, balance, range(5), bins, "balance of the user's ratings (0: all alike)"),
+        "by_balance": (full, balance, range(5), (".1", ".3", ".5", ".7", ".9"), "balance (0: ratings all alike)"),
     }
     with matplotlib.rc_context(STYLE):
-        save(folder, "cold_start", draw_cold_start(found, groups, shots, where))
+        if DAMPED in groups:
+            save(folder, "cold_start", draw_cold_start(found, groups, shots, where))
         if DAMPED in groups and panels:
             for name, (rows, part, parts, ticks, label) in pictures.items():
-                save(folder, name, draw_differences(rows.assign(part=part), panels, parts, ticks, label, where))
+                save(folder, name, draw_panels(rows.assign(part=part), panels, parts, ticks, label, where))
         save(folder, "weights", draw_weights(found.about, levels, where))
-        save(folder, "validation", draw_validation(found.about, name_of(known["mode"])))
+        save(folder, "validation", draw_validation(found.about, name_of(found.about)))
 
 
-def name_of(mode):
-    """A data set's name for a title."""
-    return NAMES.get(mode, mode.replace("ml-", "MovieLens "))
+def name_of(about):
+    """A data set's name for a title; own files have the end of their path."""
+    mode = next(iter(about.values()))["mode"]
+    if mode in ("csv", "parquet"):
+        paths = [known["options"].get("data_path") for known in about.values()]
+        return next(("/".join(Path(path).parts[-2:]) for path in paths if path), "own data")
+    return NAMES.get(mode) or mode.upper().replace("ML-", "MovieLens-")
 
 
 def panels_of(groups):
@@ -76,47 +85,65 @@ def panels_of(groups):
 
 
 def draw_cold_start(found, groups, shots, where):
-    """RMSE against the number of known ratings: MELO against what people use. Of several learners, the one with the
-    lowest validation RMSE is shown; without MELO, another method."""
-    rows, trained = found.last, [group for group in groups if group[0] not in results.UNTRAINED]
+    """RMSE against the number of known ratings, and its difference from the damped means': MELO against what people use.
+
+    Of several learners, the one with the lowest validation RMSE is shown; without MELO, another method.
+    """
 
     def validated(group):
         curves = [known["curve"] for cell, known in found.about.items() if cell[:3] == group and known.get("curve")]
         return np.mean([min(rmse for _, rmse in curve) for curve in curves]) if curves else np.inf
 
-    order = sorted(trained, key=lambda group: (group[1] != "melo", validated(group)))
-    shown = [g for name in SIMPLE for g in groups if g[:2] == ("simple", name)] + order[:1]
-    figure, (panel,) = grid([""], "ratings known of the user (the most recent)", "RMSE of the predicted rating")
-    places = np.arange(len(shots))
-    for i, group in enumerate(shown):
+    trained = [group for group in groups if group[0] not in results.UNTRAINED]
+    usual = [("simple", name, False) for name in SIMPLE] + [group for group in groups if group[0] == "external"]
+    shown = usual + sorted(trained, key=lambda group: (group[1] != "melo", validated(group)))[:1]
+    figure, (left, right) = grid(["RMSE", "RMSE − damped means'"], "ratings known of the user", "", sharey=False)
+    rows = found.last.assign(part=found.last.shots)
+    for group in shown:
         mine = select(rows, group)
-        values, errors = np.array([metrics.rmse(per_target(mine[mine.shots == n]).squared.to_numpy()) for n in shots]).T
-        shift = 0.05 * (i - (len(shown) - 1) / 2)
-        style = LOOK[title(group)] | {"linewidth": 2.6 if group in trained else 1.4, "elinewidth": 0.7, "markersize": 6}
-        panel.errorbar(places + shift, values, metrics.NORMAL_95 * errors, label=full_title(group), **style)
-    panel.set_xticks(places, shots)
-    add_legend(figure, [panel])
-    figure.suptitle(f"Error with few ratings: {where}\n(bars: 95 % interval over users)", fontsize=12)
+        means = [per_target(mine[mine.part == n]).squared.mean() for n in shots]  # nan: not predicted
+        left.plot(np.sqrt(means), label=full_title(group), **style(group, shown))
+    left.set_xticks(range(len(shots)), shots)
+    compared = [group for group in shown if group[1] != "item mean"]
+    draw_differences(right, rows, compared, shown[-1], shots, shots, full_title)
+    add_legend(figure, [left, right])
+    band = f"(lower is better; band: paired 95 % interval of {full_title(shown[-1])})"
+    figure.suptitle(f"Error with few ratings: {where}\n{band}", fontsize=12)
     return figure
 
 
-def draw_differences(rows, panels, parts, ticks, label, where):
-    """Each method's RMSE minus that of the damped means in each of the `parts` of the rows, by learner."""
+def style(group, shown):
+    """How a method's line looks; other programs get the colours in OTHERS in their order."""
+    others = [each for each in shown if each[0] == "external"]
+    look = OTHERS[others.index(group) % len(OTHERS)] if group in others else LOOK[title(group)]
+    return look | {"markersize": 5, "linewidth": 2.4 if title(group) == "MELO" else 1.5}
+
+
+def draw_panels(rows, panels, parts, ticks, label, where):
+    """A panel of differences for each learner of `panels_of`."""
     figure, axes = grid(panels, label, "RMSE − damped means'")
-    damped = select(rows, DAMPED)
     for panel, groups in zip(axes, panels.values(), strict=True):
-        panel.axhline(0, color=LOOK["damped means"]["color"], linewidth=1.2)
-        for group in groups:
-            found = [paired(select(rows, group), damped, part) for part in parts]
-            middle, low, high = np.array([(c.difference, c.low, c.high) for c in found]).T
-            look = LOOK[title(group)]
-            panel.plot(middle, label=title(group), markersize=5, linewidth=1.6, **look)
-            panel.fill_between(range(len(parts)), low, high, color=look["color"], alpha=0.12, linewidth=0)
-        panel.set_xticks(range(len(ticks)), ticks)
+        last = [group for group in groups if group[0] != "simple"][-1]
+        draw_differences(panel, rows, groups, last, parts, ticks)
     add_legend(figure, axes)
-    note = "(below zero: better than the damped means; bands: paired 95 % interval)"
+    note = f"(below zero: better than the damped means; band: paired 95 % interval of {title(last)})"
     figure.suptitle(f"{where[0].upper()}{where[1:]}\n{note}", fontsize=12)
     return figure
+
+
+def draw_differences(panel, rows, groups, banded, parts, ticks, name=title):
+    """Each method's RMSE minus that of the damped means in each of the `parts` of the rows; a band for one method."""
+    damped = select(rows, DAMPED)
+    panel.axhline(0, color=LOOK["damped means"]["color"], linewidth=1.2)
+    for group in groups:
+        found = [paired(select(rows, group), damped, part) for part in parts]
+        middle, low, high = np.array([(c.difference, c.low, c.high) for c in found]).T
+        look = style(group, groups)
+        if group != DAMPED:
+            panel.plot(middle, label=name(group), **look)
+        if group == banded:
+            panel.fill_between(range(len(parts)), low, high, color=look["color"], alpha=0.18, linewidth=0)
+    panel.set_xticks(range(len(ticks)), ticks)
 
 
 def paired(rows, damped, part):
@@ -144,7 +171,7 @@ def draw_weights(about, levels, where):
             weights = np.array([run[users] for run in runs_of_panel], np.float64)
             known = np.isfinite(weights)
             mean = np.where(known, weights, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
-            panel.plot(mean, label=f"most {users} third of users", markersize=5, **LOOK[users])
+            panel.plot(mean, label=f"most {users}\nthird of users", markersize=5, **LOOK[users])
         panel.axhline(1, color="#999999", linewidth=0.8)
         panel.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
     add_legend(figure, axes)
@@ -180,12 +207,12 @@ def draw_validation(about, where):
     return figure
 
 
-def grid(names, x_label, y_label):
+def grid(names, x_label, y_label, sharey=True):
     """A figure with a panel for each name, in two columns or three: (figure, axes)."""
     columns = len(names) if len(names) < 4 else 2 if len(names) == 4 else 3
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(WIDTH, 2.9 * lines + 1.6), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=sharey).ravel()
     for i, (name, panel) in enumerate(zip(names, axes, strict=False)):
         panel.set_title(name, fontsize=11)
         panel.set_xlabel(x_label if i + columns >= len(names) else "")

@@ -8,11 +8,13 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from options import LEARNERS
 from utils import shorten
 
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "melo"}
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "melo"}
 COLOURS = ("#0072B2", "#009E73", "#D55E00")  # of Okabe and Ito
-WIDEST = 34  # characters of a title
+WIDEST = 30  # characters of a title
+WIDTH = 9  # inches; as wide as a README shows a picture, the text is 9 points high or more
 AT_ONCE = 10_000  # items
 MOST_LINES = 4  # of a group
 
@@ -30,7 +32,8 @@ def picture(recommender, titles, user, numbers, kind):
     groups = {what: [recommender.item_ids[number - 1] for number in group] for what, group in groups.items()}
     data = io.BytesIO()
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of letters that the font lacks
-        figure = draw(found, groups, lambda item: titles.by_item.get(str(item), str(item)))
+        run = f"{LEARNERS[recommender.options.model].title}, {recommender.options.mode}"
+        figure = draw(found, groups, lambda item: titles.by_item.get(str(item), str(item)), run)
         figure.savefig(data, format=kind, dpi=130)
     return data.getvalue()
 
@@ -51,31 +54,31 @@ def telling_items(recommender, support, n):
     return groups
 
 
-def draw(found, groups, name):
+def draw(found, groups, name, run):
     """A figure of one user's `Explanation`, whose predictions are of the items of `groups`, {what they are: items}.
 
-    `name(item)` is what an item is called.
+    `name(item)` is what an item is called, `run` what the run is.
     """
     items = [item for group in groups.values() for item in group]
     colours = [colour for colour, group in zip(COLOURS, groups.values(), strict=False) for _ in group]
     with matplotlib.rc_context(STYLE):
         height = max(3.8, 1.5 + 0.23 * max(len(found.items), len(items)))
-        figure = Figure(figsize=(10, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
         draw_weights(left, found, name)
         draw_moves(right, found.predictions, [shorten(name(item), WIDEST) for item in items], colours)
         for colour, what in zip(COLOURS, groups, strict=False):
             right.plot([], color=colour, marker="o", markersize=3, label=what)
         if len(groups) > 1:
-            right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize=8)
+            figure.legend(loc="outside lower right", ncols=3, frameon=False)
         count = f"{len(found.items)} rating" + "s" * (len(found.items) != 1)
-        figure.suptitle(f"What adapting to {count} of a user does", fontsize=12, fontweight="bold")
+        figure.suptitle(f"What adapting to {count} of a user does ({run})", fontsize=12)
     return figure
 
 
 def draw_weights(axes, found, name):
     """A cell for each rating and inner step, coloured by the weight; 1 is white."""
-    axes.set_title("What each rating counts in the loss\n(1: as in the squared error)", fontsize=10)
+    axes.set_title("Rating, and its weight in each step\n(1: as in the squared error)", fontsize=11, loc="right")
     weights = found.weights
     if not weights.size:
         axes.set_axis_off()
@@ -84,15 +87,13 @@ def draw_weights(axes, found, name):
     axes.imshow(weights, aspect="auto", cmap="RdBu_r", norm=Normalize(1 - 1.2 * furthest, 1 + 1.2 * furthest))
     for row, column in np.ndindex(weights.shape):
         colour = "white" if abs(weights[row, column] - 1) > 0.75 * furthest else "#333333"
-        axes.text(column, row, f"{weights[row, column]:.1f}", ha="center", va="center", fontsize=7, color=colour)
+        axes.text(column, row, f"{weights[row, column]:.1f}", ha="center", va="center", fontsize=9, color=colour)
     axes.set_yticks(range(len(weights)), [f"{r:g}" for r in found.ratings], fontweight="bold")
     for row, item in enumerate(found.items):
         axes.annotate(
             shorten(name(item), WIDEST), (0, row), (-24, 0), xycoords=("axes fraction", "data"),
             textcoords="offset points", ha="right", va="center", parse_math=False,
         )  # fmt: skip
-    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate("rated", (0, 1), (-7, 4), ha="center", fontsize=8, **place)
     axes.set_xticks(range(weights.shape[1]), range(1, weights.shape[1] + 1))
     axes.set_xlabel("inner step")
     axes.tick_params(length=0)
@@ -101,7 +102,7 @@ def draw_weights(axes, found, name):
 
 def draw_moves(axes, predictions, names, colours):
     """A line for each item's scores (n, K + 1), from the unadapted one on, with its name at the end."""
-    axes.set_title("How predictions move\n", fontsize=10)
+    axes.set_title("How predictions move", fontsize=11)
     last = predictions.shape[1] - 1
     low, high = predictions.min(), predictions.max()
     gap = 1.15 * max(high - low, 0.1) / max(11, len(names))
@@ -109,14 +110,14 @@ def draw_moves(axes, predictions, names, colours):
     for line, label, height, colour in zip(predictions, names, heights, colours, strict=True):
         axes.plot(line, color=colour, linewidth=1.4, marker="o", markersize=3)
         axes.annotate(
-            f"{line[-1]:.2f}  {label}", (last, line[-1]), (last * 1.09, height), color=colour, fontsize=8, va="center",
+            f"{line[-1]:.2f}  {label}", (last, line[-1]), (last * 1.09, height), color=colour, fontsize=9, va="center",
             parse_math=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0},
         )  # fmt: skip
     axes.set_yticks([tick for tick in axes.get_yticks() if low - gap <= tick <= high + gap])
     axes.set_ylim(min(low, heights.min()) - gap, max(high, heights.max()) + gap)
-    axes.set_xticks(range(last + 1), ["unadapted", *range(1, last + 1)])
-    axes.set(xlabel="inner steps", ylabel="score (predicted rating, not cut to the scale)")
+    axes.set_xticks(range(last + 1), ["start", *range(1, last + 1)])
+    axes.set(xlabel="inner steps", ylabel="predicted rating before clipping")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
 
 

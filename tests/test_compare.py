@@ -687,6 +687,9 @@ def test_lenskit_from_outside_gives_our_damped_means(reference, users_means, tmp
     for one, other in (("bias", "damped means"), ("als", "matrix factorisation")):
         difference = results.compare(found, ("external", one, False), ("simple", other, False))["rmse"].difference
         assert abs(difference) < (1e-6 if one == "bias" else 0.05)
+    table = found.last.pivot(index=["user", "shots"], columns="method", values="prediction")
+    assert set(table.bias.dropna().index.get_level_values("shots")) == {*predictions.SHOTS}
+    assert (table.bias - table["damped means"]).abs().max() < 1e-4
 
 
 def test_exported_files_hold_no_test_user_in_training_and_nothing_after_a_support(users_means):

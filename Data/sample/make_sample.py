@@ -23,7 +23,8 @@ YEAR = 365 * 24 * 3600
 def parse_options(arguments=None):
     parser = argparse.ArgumentParser(description="Write the bundled sample of synthetic ratings.")
     add = parser.add_argument
-    add("--output", default=Path(__file__).with_name("ratings.csv"), help="file to write, with titles.csv beside it (default: %(default)s)")
+    default = Path(__file__).with_name("ratings.csv")
+    add("--output", default=default, help="file to write, beside titles.csv (default: %(default)s)")
     add("--seed", type=int, default=20, help="random seed (default: %(default)s)")
     add("--users", type=int, default=900, help="number of users (default: %(default)s)")
     add("--items", type=int, default=220, help="number of items (default: %(default)s)")
