@@ -85,7 +85,7 @@ def panels_of(groups):
 
 
 def draw_cold_start(found, groups, shots, where):
-    """RMSE against the number of known ratings, and its difference from the damped means': MELO against what people use.
+    """RMSE against the number of known ratings, and its difference from the damped means', beside what people use.
 
     Of several learners, the one with the lowest validation RMSE is shown; without MELO, another method.
     """
