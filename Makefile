@@ -17,7 +17,7 @@ setup: .venv/installed
 	touch $@
 
 demo: setup
-	@echo "Six short trainings on the bundled sample, and simple predictors beside them: 1 to 3 minutes in all. Ctrl-C stops; the same command goes on."
+	@echo "Six short trainings on the bundled sample, and simple predictors beside them: about 1 minute on 2 free cores. Ctrl-C stops; the same command goes on."
 	.venv/bin/python compare.py --demo
 
 test: setup
