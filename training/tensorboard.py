@@ -13,12 +13,12 @@ from models import checkpoint
 from ratings import table, titles
 from utils import UserError
 
-RMSE, ADAPTING = "RMSE: training, validation, simple predictors", "Validation RMSE before and after adapting"
+ADAPTING = "Validation RMSE before and after adapting"
 WEIGHTS = "Weight of each rating value in the loss"
 CHARTS = {
-    RMSE: ["train/rmse", "validation/rmse", "simple/.*"],
+    "Validation RMSE, and that of simple predictors": ["validation/rmse", "simple/.*"],
     ADAPTING: ["validation/rmse_unadapted", "validation/rmse"],
-    "MAE: training, validation": ["train/mae", "validation/mae"],
+    "Training RMSE": ["train/rmse"],
     "Norm of the meta-gradient": ["train/gradient_norm"],
     WEIGHTS: ["loss_weight/rating_.*"],
 }
