@@ -348,6 +348,15 @@ def test_half_an_environment_is_refused(monkeypatch):
         distributed.join()
 
 
+def test_a_process_has_one_thread_unless_told(monkeypatch):
+    monkeypatch.setattr(utils, "run_script", lambda *_, **__: None)
+    for told, threads in (("2", 2), (None, 1)):
+        torch.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", told) if told else monkeypatch.delenv("OMP_NUM_THREADS")
+        distributed.run_script(None)
+        assert torch.get_num_threads() == threads
+
+
 def test_each_process_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
