@@ -66,6 +66,8 @@ def checkpoint_path(folder, step=-1):
         return best
     steps = sorted({*paths, *([best_step] if has_best else [])})
     there = [f"{number} (the best)" if has_best and number == best_step else str(number) for number in steps]
+    if runs := sorted(Path(folder).glob("*/checkpoints")):
+        raise UserError(f"{folder} holds runs and no checkpoint: give one of the runs, such as {runs[0].parent}")
     if not there:
         raise UserError(f"{folder} holds no checkpoint: train first, with the same --log_dir, --mode and method")
     raise UserError(f"{folder} has no checkpoint of step {step}: --checkpoint_step can be {', '.join(there)} or -1")

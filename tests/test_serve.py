@@ -280,6 +280,7 @@ def test_nothing_about_users_is_logged_or_printed(address, capfd, caplog):
 
 @pytest.mark.parametrize("flags, message", [
     (("--run={0}/nowhere",), "nowhere"), ((), "--run"), (("--run={0}",), "holds no checkpoint"),
+    (("--run={1}/..",), "such as .*sample-bert4rec-melo$"),
     (("--run={1}", "--titles={0}/none.csv"), "none.csv"), (("--run={1}", "--port=99999"), "--port"),
     (("--run={1}", "--port={2}"), "cannot listen"), (("--run={1}", "--host=no.such.host.invalid"), "cannot listen"),
 ])  # fmt: skip
