@@ -7,6 +7,7 @@
     python compare.py --preset=published                            # the published method: four learners, five methods
     python compare.py --preset=published --paper_models narm        # the same for one learner
     python compare.py --output results/ml-1m --report_only          # the tables again, from the kept predictions
+    python compare.py --output results/ml-1m --protocol=melu --seeds 1 2 3 4 5     # another paper's protocol
     python compare.py --export_targets targets --folds 0 --mode=ml-1m     # the targets as CSV, for other programs
     python compare.py --output results/ml-1m --external mine=mine.csv     # their predictions as a row of the tables
 
@@ -37,7 +38,7 @@ from tqdm import tqdm
 import dataloader
 import options as option_module
 import utils
-from evaluation import external, figures, predictions, results, tables
+from evaluation import external, figures, predictions, protocols, results, tables
 from evaluation.predictions import Cell
 from models import checkpoint
 from options import LEARNERS
@@ -55,6 +56,9 @@ METHODS = {
 USUAL_METHODS = ("basic", "fomaml", "maml", "melo")
 PAPER_METHODS = ("basic", "maml", "melo")
 SET_HERE = {"model", "fold", "random_seed", "log_dir", "pretrain_log_dir", "test", "resume", "overwrite"}
+SET_HERE |= {"test_prefix"}
+TRAINING = {"output", "models", "methods", "paper_models", "paper_methods", "paper_form", "init_seeds", "jobs", "threads"}
+TRAINING |= {"report", "external"}
 PUBLISHED = ("--output=results/published", "--models", "--paper_models", "bert4rec", "sasrec", "narm", "gru4rec")
 PUBLISHED += ("--paper_methods", *METHODS, "--init_seeds", "5", "6", "--load_pretrained_embedding=True")
 # The rest of the authors' commands for their data sets.
@@ -104,6 +108,8 @@ def parse(argv):
     add("--threads", type=count(1, 1000), help="CPU threads of a run; changes last digits (default: 1)")
     add("--report", type=option_module.folder, help="folder of tables and pictures (default: that of --output)")
     add("--report_only", action="store_true", help="tables from the kept predictions, without training")
+    text = "melu: MeLU's users, targets and figures, drawn by --seeds; in <output>/melu"
+    add("--protocol", choices=protocols.PROTOCOLS, help=text)
     text = "another program's predictions as a row: a CSV file of user, item, prediction (and task, fold, seed)"
     add("--external", nargs="+", default=[], type=named_file, metavar="NAME=FILE", help=text)
     text = "write training ratings, supports and targets of --folds and --seeds as CSV files, and do nothing else"
@@ -113,7 +119,10 @@ def parse(argv):
     add("--preset", choices=["published"], help=text)
     args, rest = parser.parse_known_args([*preset(argv), *argv])
     args.rest = [word for word in rest if word != "--"]
-    check(args, option_module.given([w for w in parser.parse_known_args(argv)[1] if w != "--"]).keys())
+    own = [word for word in parser.parse_known_args(argv)[1] if word != "--"]
+    check(args, option_module.given(argv, parser).keys(), option_module.given(own).keys())
+    if args.protocol:
+        args.output, args.folds = args.output / args.protocol, [-1]
     args.report, args.threads = args.report or args.output, args.threads or 1
     return args
 
@@ -140,20 +149,31 @@ def named_file(text):
     return name, option_module.folder(path)
 
 
-def check(args, given):
-    """UserError for options that this script sets itself or does not use."""
-    if wrong := sorted(given & SET_HERE):
+def check(args, own, rest):
+    """UserError for options, of this script or of main.py, that this script sets itself or does not use."""
+    if wrong := sorted(rest & SET_HERE):
         raise UserError(f"--{wrong[0]} is for compare.py to set: use --models, --methods, --folds, --seeds, --output")
-    if args.report_only:
-        unused = sorted(given) + [name for name in ("jobs", "threads", "export_targets") if getattr(args, name)]
-        if unused and not args.demo:
-            raise UserError(f"--report_only reads kept predictions: leave out {', '.join(f'--{n}' for n in unused)}")
     if not args.paper_form:
         raise UserError("--paper_form is that of --paper_models: give True or code")
+    for why, names in unused(args, own, rest):
+        if names:
+            raise UserError(f"{why}: leave out {', '.join(f'--{name}' for name in sorted(names))}")
     if len(dict(args.external)) < len(args.external):
         raise UserError("--external has two files of one name: give each a name of its own")
-    if args.external and args.export_targets:
-        raise UserError("--export_targets makes no table: leave out --external")
+
+
+def unused(args, own, rest):
+    """Pairs of a reason and the names of options that were given and have no effect for this reason."""
+    if args.report_only:
+        yield "--report_only reads kept predictions", rest | own & {"jobs", "threads", "export_targets"}
+    if args.export_targets:
+        used = option_module.in_groups("data", "split of users") | {"max_seq_len"}
+        yield "--export_targets makes no table and trains nothing", own & TRAINING | rest - used
+    if args.protocol:
+        owns = own & {"folds", "external", "export_targets"} | rest & protocols.UNUSED
+        yield f"--protocol={args.protocol} has users and targets of its own", owns
+    if not args.paper_models:
+        yield "--paper_models is not given", own & {"paper_methods", "paper_form"}
 
 
 def list_cells(args):
@@ -172,10 +192,17 @@ def command(args, cell):
     """The cell's script and its arguments."""
     place = args.output / "runs" / f"{predictions.place_of(cell)}{predictions.FORMS[cell.paper]}"
     words = [f"--fold={cell.fold}", f"--random_seed={cell.seed}", f"--log_dir={place}", f"--pretrain_log_dir={place}"]
+    if args.protocol:
+        words += protocols.words(split_path(args, cell.seed))
     if cell.learner != "simple":
         words += [f"--model={cell.learner}", *METHODS[cell.method], f"--paper_form={cell.paper}"]
         words += [] if cell.init is None else [f"--model_init_seed={cell.init}"]
     return "pretrain.py" if cell.method == "basic" else "main.py", [*args.rest, *words]
+
+
+def split_path(args, seed):
+    """The file of ratings of a protocol's draw."""
+    return args.output / "runs" / f"seed{seed}.csv"
 
 
 def read_options(args, cell):
@@ -224,7 +251,7 @@ def finish(args, cell, options, run):
         last = next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
         raise UserError(last.removeprefix("error: "))
     with utils.naming_what_to_lower(options):
-        predictions.score_run(path_of(args, cell), cell, options, run.folder)
+        scoring(args).score_run(path_of(args, cell), cell, options, run.folder)
 
 
 def is_to_grow(folder, options):
@@ -245,6 +272,11 @@ def is_to_grow(folder, options):
     return any(kept[name] != wanted[name] for name in option_module.MAY_GROW)
 
 
+def scoring(args):
+    """The module that makes predictions of what was trained."""
+    return protocols if args.protocol else predictions
+
+
 def path_of(args, cell):
     return predictions.path_of(args.output / "predictions", cell)
 
@@ -257,9 +289,11 @@ def make_predictions(args, cells):
     """Run what is not finished: {cell: why it failed}. Basic runs come first where others start from them."""
     torch.set_num_threads(args.threads)
     options = {cell: read_options(args, cell) for cell in cells}
-    fingerprint = cache.load_ratings(options[cells[0]]).fingerprint
+    prints = {path: cache.load_ratings(o).fingerprint for path, o in {o.data_path: o for o in options.values()}.items()}
     utils.make_folder(args.output / "predictions", parents=True)
-    left = {c: o for c, o in options.items() if not predictions.is_finished(path_of(args, c), c, o, fingerprint)}
+    left = {
+        c: o for c, o in options.items() if not predictions.is_finished(path_of(args, c), c, o, prints[o.data_path])
+    }
     say(f"{len(cells) - len(left)} of {len(cells)} runs are finished, {len(left)} are left")
     later = {c for c in left if c.method != "basic" and (left[c].load_pretrained or left[c].load_pretrained_embedding)}
     first = run_all(args, {c: o for c, o in left.items() if c not in later})
@@ -296,7 +330,7 @@ def run_all(args, options):
                 slots = [*slots, run.slot]
                 ended(cell, attempt(finish, args, cell, options[cell], run)[0])
             for cell in [c for c in waiting if c.learner == "simple"][:1]:
-                ended(cell, attempt(predictions.score_simple, path_of(args, cell), cell, waiting.pop(cell))[0])
+                ended(cell, attempt(scoring(args).score_simple, path_of(args, cell), cell, waiting.pop(cell))[0])
             time.sleep(0.2 if running else 0)
     finally:
         for run in running.values():
@@ -377,9 +411,24 @@ def export_targets(args, cells):
         print(f"{folder}: {', '.join(external.FILES)}")
 
 
+def report(args, cells, paths):
+    """Write tables and pictures of the kept predictions {cell: path}; what a terminal shows of them."""
+    if args.protocol:
+        utils.make_folder(args.report, parents=True)
+        return protocols.report(args.report, paths)
+    found = results.load(paths, args.external)
+    utils.make_folder(args.report, parents=True)
+    figures.draw_all(args.report, cells, found)
+    return tables.write(args.report, cells, found)
+
+
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     cells = list_cells(args)
+    if args.protocol and not args.report_only:
+        utils.make_folder(args.output / "runs", parents=True)
+        for seed in args.seeds:
+            protocols.prepare(option_module.parse("", args.rest), split_path(args, seed), seed)
     if args.export_targets:
         return export_targets(args, cells)
     try:
@@ -389,10 +438,7 @@ def main(argv=None):
         say("stopped; the same command goes on")
         return 130
     paths = {cell: path_of(args, cell) for cell in cells if cell not in failed}
-    found = results.load({cell: path for cell, path in paths.items() if os.path.exists(path)}, args.external)
-    utils.make_folder(args.report, parents=True)
-    figures.draw_all(args.report, cells, found)
-    print(tables.write(args.report, cells, found))
+    print(report(args, cells, {cell: path for cell, path in paths.items() if os.path.exists(path)}))
     print(f"Tables and pictures: {args.report}")
     if args.demo:
         print(NEXT.format(bin=os.path.relpath(Path(sys.executable).parent)))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from options import LEARNERS
 from ratings.cache import load_ratings
 from ratings.table import Ratings, nearest_level
-from utils import UserError, random_stream
+from utils import UserError, random_stream, shorten
 
 AT_ONCE = {"adapt": 5000, "predict": 27_000}  # positions of a part whose arrays a processor's cache holds
 ON_GPU = 1 << 20  # positions of a part on a GPU, where the number of operations is what counts
@@ -86,7 +86,7 @@ class Problem(NamedTuple):
 def load_problem(options):
     """Read the ratings and split their users; users without any support rating are left out."""
     ratings = load_ratings(options)
-    train, validation, test = split_users(len(ratings.user_ids), options)
+    train, validation, test = split_users(len(ratings.user_ids), options, named_users(ratings, options.test_prefix))
     sequences, mean, std = standardise(ratings, train, options.balance)
     usable = [usable_users(sequences, users) for users in (train, validation, test)]
     if not all(len(users) for users in usable):
@@ -94,17 +94,31 @@ def load_problem(options):
     return Problem(ratings, sequences, *usable, mean, std)
 
 
-def split_users(n_users, options):
+def named_users(ratings, prefix):
+    """The users whose ids begin with `prefix`, None without one; UserError where these are none or too many."""
+    if not prefix:
+        return None
+    found = np.flatnonzero(np.char.startswith(ratings.user_ids, prefix))
+    if not 0 < len(found) <= len(ratings.user_ids) - 2:
+        raise UserError(
+            f"--test_prefix={shorten(prefix)} is the beginning of {len(found)} of {len(ratings.user_ids)} users' ids: "
+            "give a prefix that leaves some to test on and two to train and validate on"
+        )
+    return found
+
+
+def split_users(n_users, options, test=None):
     """Split users, never ratings, into (train, validation, test), each an ascending array of user numbers.
 
-    Test users are drawn by `random_seed`, or are fold `fold` of `num_folds`; 15 % of the rest validate.
+    Test users are `test` where it is given, else drawn by `random_seed`, or fold `fold` of `num_folds`; 15 % of the
+    rest validate.
     """
     rng = np.random.RandomState(options.random_seed)
     if options.fold >= 0:
         if options.num_folds > n_users:
             raise UserError(f"--num_folds={options.num_folds} is more than the {n_users} users; lower it")
         test = np.array_split(rng.permutation(n_users), options.num_folds)[options.fold]
-    else:
+    elif test is None:
         n_test = options.num_test_data or min(1000, max(1, n_users // 6))
         if n_test > n_users - 2:
             raise UserError(
@@ -132,6 +146,13 @@ def standardise(ratings, train, balance=0.0):
     weights /= weights @ share
     levels = (ratings.levels - mean) / std
     return Sequences(ratings.offsets, ratings.items.astype(np.int64) + 1, standard, levels, weights), mean, std
+
+
+def count_ratings(problem):
+    """Number of ratings (n_items,) that the training users gave each item."""
+    offsets, items = problem.sequences.offsets, problem.sequences.items
+    of_train = np.repeat(np.isin(np.arange(len(offsets) - 1), problem.train), np.diff(offsets))
+    return np.bincount(items[of_train] - 1, minlength=len(problem.ratings.item_ids))
 
 
 def count_iterations(options, problem):

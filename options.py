@@ -187,6 +187,7 @@ def add_split_options(parser):
     add("num_test_data", 0, count(0), "number of test users, where --fold is -1; 0 = a sixth, at most 1,000")
     add("fold", -1, count(-1), "test on this fold of --num_folds; -1 = draw --num_test_data users instead")
     add("num_folds", 6, count(2), "number of folds that all users are divided into")
+    add("test_prefix", "", str, "test on the users whose ids begin with this text, a split of your own")
     add("val_size", 1000, count(), "validate on at most this many validation users")
 
 
@@ -299,6 +300,7 @@ def add_run_options(parser):
     add("device", "auto", str, "where to compute", choices=["auto", "cpu", "cuda"])
     add("cuda_graphs", True, bool, "on a GPU, replay the outer step as one graph instead of launching each operation")
     add("deterministic", False, bool, "use only operations that give the same bits each time on a GPU, as a CPU does")
+    add("ranking", False, bool, "with --test: rank each user's last item among all that the user has not rated, too")
     add("test", False, bool, "evaluate a run's checkpoint on its test users, with the options it was trained with")
 
 
@@ -364,15 +366,22 @@ def read(description, argv=None, **defaults):
     return parser.parse_args(argv)
 
 
-def given(words):
-    """{name: value} of the options of main.py that `words` of a command line set. UserError for impossible values.
+def given(words, parser=None):
+    """{name: value} of the options that `words` of a command line set, for scripts that refuse what they do not use.
 
-    For a script that passes such words on, or must refuse what it does not use.
+    The options are those of `parser`, which loses its defaults and passes over unknown words. Without a parser they are
+    those of main.py, and others are a UserError.
     """
-    parser = build_parser("")
-    for action in parser._actions:
+    own = parser or build_parser("")
+    for action in own._actions:
         action.default = argparse.SUPPRESS
-    return vars(parser.parse_args(words))
+    return vars(own.parse_known_args(words)[0] if parser else own.parse_args(words))
+
+
+def in_groups(*titles):
+    """The names of the options of main.py in the groups with these titles."""
+    groups = build_parser("")._action_groups
+    return {action.dest for group in groups if group.title in titles for action in group._group_actions}
 
 
 def as_words(values):
@@ -466,8 +475,9 @@ def check_command(options):
     """Refuse options that the command does not use."""
     if found := [name for name in ("resume", "overwrite") if options.test and getattr(options, name)]:
         raise UserError(f"--{found[0]} does not go with --test: leave it out")
-    if options.checkpoint_step != -1 and not options.test:
-        raise UserError("--checkpoint_step does not go without --test: leave it out")
+    for name, is_given in (("checkpoint_step", options.checkpoint_step != -1), ("ranking", options.ranking)):
+        if is_given and not options.test:
+            raise UserError(f"--{name} does not go without --test: leave it out")
 
 
 def check(options):
@@ -477,6 +487,8 @@ def check(options):
     if options.model in ("bert4rec", "sasrec") and options.bert_hidden_units % options.bert_num_heads:
         sizes = f"--bert_hidden_units={options.bert_hidden_units}", f"--bert_num_heads={options.bert_num_heads}"
         raise UserError(f"{sizes[0]} must be a multiple of {sizes[1]}")
+    if options.test_prefix and options.fold >= 0:
+        raise UserError("--test_prefix chooses the test users: leave out --fold")
     if options.fold >= options.num_folds:
         raise UserError(f"--fold={options.fold} must be below --num_folds={options.num_folds}")
     if (least := options.min_sub_window_size) >= options.max_seq_len:
@@ -506,7 +518,7 @@ def method(options):
 MAY_CHANGE = (
     *(*PLACES, "checkpoint_minutes", "checkpoint_step", "cuda_graphs", "device", "keep_checkpoints", "keep_models"),
     "log_interval",
-    *("overwrite", "resume", "skip_nonfinite", "task_chunk", "test"),
+    *("overwrite", "ranking", "resume", "skip_nonfinite", "task_chunk", "test"),
 )
 MAY_GROW = ("num_train_iterations", "pretrain_epochs")
 

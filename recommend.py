@@ -17,6 +17,10 @@ pairs.csv has a user and an item a line; lists for --candidates and --exclude ha
     user,item                                                       260
     ann,1198                                                        1198
 
+A ranking by predicted rating says which items a user will like best among those at hand: a shelf, a watch list, the
+--candidates of another program. It does not say which item a user will choose next of the whole catalogue; popular
+items are the better guess there (docs/SERVING.md has figures). --min_ratings keeps to items that are known well.
+
 The output has a row for each recommended item or pair. `score` is the prediction, by which items are ranked; `rating`
 is the score cut to the rating scale. `adapted` says whether the user had known ratings. `note` says why a pair is not
 predicted or a user not adapted to. A run's folder may also be an exported file. The training data is not needed.
@@ -45,7 +49,8 @@ USERS_AT_ONCE = 32
 MOST = 1_000_000  # items of a list
 LAST_STEP = 10**12
 FORMATS = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
-NEED_RATINGS = ("titles", "pairs", "candidates", "exclude", "plot", "explain")
+WITHOUT_RATINGS = {"run", "checkpoint_step", "device", "export"}  # the options that --export uses
+LISTS = {"top", "candidates", "exclude", "min_ratings"}  # those that choose what to list
 INPUTS = ("ratings", "titles", "pairs", "candidates", "exclude")
 
 
@@ -66,6 +71,7 @@ def parse(argv):
     add("top", 10, option_module.count(1, MOST), "list this many items for each user, not rated yet")
     add("candidates", None, path, "list only the items in this file", metavar="FILE")
     add("exclude", None, path, "do not list the items in this file", metavar="FILE")
+    add("min_ratings", 0, option_module.count(0), "list only items with at least this many training ratings")
     add("pairs", None, path, "predict the ratings of the user-item pairs in this file instead", metavar="FILE")
     parser.add_argument("--explain", action="store_true", help="weights of the ratings, and scores after each step")
     add("plot", None, path, "picture of the explanation for the first user", metavar="FILE.png")
@@ -76,19 +82,19 @@ def parse(argv):
     add("export", None, path, "write the run to this .safetensors or .pt file, and a model card beside it")
     options = parser.parse_args(argv)
     options.explain = options.explain or bool(options.plot)
-    check(options)
+    check(options, option_module.given(argv, parser).keys())
     return options
 
 
-def check(options):
-    """Refuse what cannot work before anything is computed, and settle the output's format."""
+def check(options, given):
+    """Refuse what cannot work, or was given and has no effect, before anything is computed; settle the format."""
     if not options.ratings:
-        lacking = [f"--{name}" for name in NEED_RATINGS if getattr(options, name)]
+        lacking = [f"--{name}" for name in sorted(given - WITHOUT_RATINGS)]
         if lacking or not options.export:
             wants = f"{lacking[0]} needs it" if lacking else "give the users' ratings, or --export to write one file"
             raise UserError(f"--ratings is missing: {wants}")
-    if options.pairs and (options.candidates or options.exclude):
-        raise UserError("--candidates and --exclude choose what to list: leave them out with --pairs")
+    if options.pairs and (found := sorted(given & LISTS)):
+        raise UserError(f"--pairs says what to predict: leave out {', '.join(f'--{name}' for name in found)}")
     if options.export and Path(options.export).suffix not in (".safetensors", ".pt"):
         raise UserError(f"--export={options.export} must end in .safetensors or .pt")
     if options.plot and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
@@ -180,15 +186,19 @@ def in_parts(users, work, threads):
 
 
 def allowed_items(options, recommender, titles):
-    """(n_items,) whether --candidates and --exclude let each item be listed; None without them."""
-    if not (options.candidates or options.exclude):
+    """(n_items,) whether --candidates, --exclude and --min_ratings let each item be listed; None without them."""
+    if not (options.candidates or options.exclude or options.min_ratings):
         return None
     allowed = np.full(len(recommender.item_ids), not options.candidates)
     for path, value in ((options.candidates, True), (options.exclude, False)):
         if path:
             allowed[np.array(read_items(path, recommender, titles), np.int64) - 1] = value
+    if options.min_ratings:
+        if (counts := recommender.item_counts) is None:
+            raise UserError(f"--min_ratings: {options.run} does not say how often items were rated: train it again")
+        allowed &= counts >= options.min_ratings
     if not allowed.any():
-        raise UserError("--candidates and --exclude leave no item that the run knows: give other lists")
+        raise UserError("--candidates, --exclude and --min_ratings leave no item that the run knows: ask for less")
     return allowed
 
 

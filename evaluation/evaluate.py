@@ -17,6 +17,7 @@ from utils import UserError, choose_device
 
 # What --test takes from the command line, never from a checkpoint, which may be somebody else's.
 FROM_COMMAND = (*option_module.PLACES, "device")
+RANKED_AT_ONCE = 16  # users whose whole catalogue is scored at a time
 
 
 def load_system(path, options, problem=None):
@@ -44,13 +45,20 @@ def test(folder, options):
     with utils.naming_what_to_lower(stored):
         last, ordered = evaluate(system, problem, problem.test), evaluate_order(system, problem, problem.test)
     users = f"fold {stored.fold} of {stored.num_folds}" if stored.fold >= 0 else "drawn"
-    print(f"{folder.name}, {path.name}: {len(last.user)} test users ({users} by seed {stored.random_seed})")
+    users = f"{stored.test_prefix}..." if stored.test_prefix else f"{users} by seed {stored.random_seed}"
+    print(f"{folder.name}, {path.name}: {len(last.user)} test users ({users})")
     options_report = {n: str(v) if v == float("inf") else v for n, v in vars(stored).items()}  # JSON knows no infinity
     report = {"checkpoint": path.name, "step": step, "options": options_report}
     report |= figures(last.target, last.prediction, problem.ratings)
     report["order"] = order_figures(ordered.user, ordered.target, ordered.prediction, problem.ratings)
     report["simple_predictors"] = simple_predictors(problem, stored)
+    if options.ranking:
+        with utils.naming_what_to_lower(stored):
+            ranks = rank_targets(system, problem, problem.test)
+        report["ranking"] = {name: metrics.ranking_summary(rank) for name, rank in ranks.items()}
     print_figures(folder.name, report)
+    if options.ranking:
+        print_ranking(report["ranking"])
     utils.write_json(folder / "test.json", report)
     print(f"written to {folder / 'test.json'}", file=sys.stderr)
     return report
@@ -105,6 +113,15 @@ def print_figures(name, report):
     print(f"the highest is best. RMSE of {name} by the rating that was given:")
     for row in report["by_rating"]:
         print(f"  rating {row['rating']:<5g} RMSE {metrics.text(row['rmse'])}  ({row['n']} targets)")
+
+
+def print_ranking(rows):
+    """Print how high the last ratings' items rank, {name: `metrics.ranking_summary`}."""
+    names = {"hr@10": "HR@10", "ndcg@10": "nDCG@10", "mrr": "MRR"}
+    values = [[name, *(f"{row[key]:.4f} ({row[f'{key}_se']:.4f})" for key in names)] for name, row in rows.items()]
+    print(f"\n{metrics.aligned([['', *names.values()], *values])}")
+    print("\nHow high the item of each user's last rating ranks among all items that the user has not rated. Predicted")
+    print("ratings say how much a user will like an item, not whether the user will come to it next: popularity does.")
 
 
 class Scored(NamedTuple):
@@ -166,16 +183,51 @@ def evaluate_order(system, problem, users):
     return Scored(users[user], ratings.items[at], n_support[user], target, predictions[:, -1], predictions[:, 0])
 
 
+@torch.no_grad()
+def rank_targets(system, problem, users):
+    """Ranks, {"prediction": (T,), "popularity": (T,)}, of each user's last item among all that the user has not rated.
+
+    They are by predicted rating and by number of training ratings. Items with the target's score count half.
+    """
+    sequences, n_items, found = problem.sequences, len(problem.ratings.item_ids), []
+    popularity = dataloader.count_ratings(problem)
+    catalogue, longest = np.arange(1, n_items + 1), system.options.max_seq_len - 1
+    for part in np.array_split(users, -(-len(users) // RANKED_AT_ONCE)):
+        start, end = sequences.offsets[part], sequences.offsets[part + 1] - 1
+        n_support, shape = np.minimum(end - start, longest), (len(part), n_items)
+        queries = np.broadcast_to(catalogue, shape), np.zeros(shape), np.ones(shape, bool)
+        windows = dataloader.support_windows(n_support, system.options)
+        tasks = dataloader.assemble(sequences, end - n_support, n_support, windows, queries, system.options)
+        scores = predict(system, tasks)[:, -1]
+        for score, first, last in zip(scores, start, end, strict=True):
+            target = sequences.items[last] - 1
+            others = np.ones(n_items, bool)
+            others[sequences.items[first : last + 1] - 1] = False
+            found.append([rank_of(by[target], by[others]) for by in (score, popularity)])
+    return dict(zip(("prediction", "popularity"), np.array(found).T, strict=True))
+
+
+def rank_of(score, others):
+    return 1 + (others > score).sum() + (others == score).sum() / 2
+
+
 def evaluate_simple(predictor, problem, shots, order=False):
     """`Scored` for the test users' last ratings by one of `baselines.fit_baselines`, with `shots` support ratings.
 
     With `order` it is for their last ten ratings, as `evaluate_order` gives it.
     """
-    user = problem.test
     if order:
-        user, support, target = baselines.order_support(problem.ratings, user, shots)
-    else:
-        support, target = baselines.last_support(problem.ratings, user, shots)
+        return score_order(predictor, problem.ratings, shots, problem.test)
+    support, target = baselines.last_support(problem.ratings, problem.test, shots)
+    return scored(predictor, problem.test, support, target)
+
+
+def score_order(predictor, ratings, shots, users):
+    """`Scored` for the users' last ten ratings by one of `baselines.fit_baselines`, with `shots` support ratings."""
+    return scored(predictor, *baselines.order_support(ratings, users, shots))
+
+
+def scored(predictor, user, support, target):
     prediction = baselines.predict(predictor, support)
     return Scored(user, support.target_item, (support.items >= 0).sum(1), target, prediction, prediction)
 

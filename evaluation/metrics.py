@@ -167,6 +167,13 @@ def order_summary(figures):
     return {"users": len(next(iter(figures.values())))} | with_errors(means)
 
 
+def ranking_summary(rank):
+    """HR@10, nDCG@10 and MRR, with standard errors, of the targets' ranks (n,), from 1, among all items."""
+    hit = rank <= 10
+    shares = {"hr@10": hit.astype(float), "ndcg@10": np.where(hit, 1 / np.log2(1 + rank), 0), "mrr": 1 / rank}
+    return {"users": len(rank)} | with_errors({name: mean_with_error(values) for name, values in shares.items()})
+
+
 # -----------------------------------------------------------------------------
 # paired comparisons
 

@@ -24,10 +24,12 @@ from models import checkpoint
 from utils import UserError
 
 SHOTS = (0, 1, 2, 3, 5, 10, 20, 29)  # support ratings of the cold-start curve, as far as max_seq_len allows
-SIMPLE_OPTIONS = ("fold", "num_folds", "num_test_data", "random_seed", "max_seq_len", "mode")
+SIMPLE_OPTIONS = ("fold", "num_folds", "num_test_data", "random_seed", "max_seq_len", "mode", "test_prefix")
 FORMS = {False: "", True: "-paper", "code": "-code"}  # in the names of files, by --paper_form
 NUMBERS = ("target", "prediction", "support", "shots", "balance")  # columns of a file, beside those in KEY
-KEY = ["method", "task", "shots", "user", "item"]  # task: "last", a user's last rating; "order", the last ten
+KEY = ["method", "task", "shots", "user", "item"]
+TASKS = {"last"}, {"last", "order"}, {"order", "validation"}  # of a file; those of a user's last rating, of the last
+# ten, and of a validation user's last ten
 ABOUT = {"options": dict, "mode": str, "num_folds": int, "fingerprint": str, "scale": list, "levels": list}
 ABOUT |= {"commit": str, "hardware": str, "torch": str}  # what a file must say of its run
 
@@ -81,9 +83,9 @@ def check(frame):
     """ValueError, KeyError or TypeError where a file's content is not what `write` makes."""
     if len(frame) == 0 or frame[[*KEY, *NUMBERS]].isna().any(axis=None) or frame.duplicated(KEY).any():
         raise ValueError("rows are missing or doubled")
-    if not np.isfinite(frame[list(NUMBERS)].to_numpy(np.float64)).all() or not frame.task.isin(["last", "order"]).all():
+    if not np.isfinite(frame[list(NUMBERS)].to_numpy(np.float64)).all() or set(frame.task) not in TASKS:
         raise ValueError("impossible values")
-    if not frame.balance.between(0, 1).all() or "last" not in set(frame.task):
+    if not frame.balance.between(0, 1).all():
         raise ValueError("impossible values")
     about = frame.attrs
     if wrong := checkpoint.wrong_entry(about, ABOUT):

@@ -98,14 +98,16 @@ def summary(results, group):
 
 
 def compared(figures):
-    """The pairs of groups that are compared: each method with the one it extends, each learner's best with the best
-    simple predictor, the damped means and other programs' predictions, and these with the simple predictors."""
+    """The pairs of groups that are compared: each method with the one it extends, each learner's best with that of the
+    order-blind learner, the best simple predictor, the damped means and other programs' predictions, and these with the
+    simple predictors."""
     pairs, simple = [], best(figures, "simple", False)
     external = [group for group in figures if group[0] == "external"]
     for learner, paper in dict.fromkeys((group[0], group[2]) for group in figures if group[0] not in UNTRAINED):
         steps = [((learner, one, paper), (learner, other, paper)) for one, other in PAIRS]
         pairs += [pair for pair in steps if set(pair) <= set(figures)]
-        pairs += [(best(figures, learner, paper), other) for other in (simple, DAMPED, *external)]
+        others = [best(figures, "meanpool", paper)] * (learner != "meanpool") + [simple, DAMPED, *external]
+        pairs += [(best(figures, learner, paper), other) for other in others]
     pairs += [(one, other) for one in external for other in (simple, DAMPED)]
     return [(one, other) for one, other in dict.fromkeys(pairs) if one and other in figures]
 

@@ -75,6 +75,11 @@ def full_title(group):
     return title(group) if group[0] in UNTRAINED else f"{learner_name(group)} {title(group)}"
 
 
+def title_beside(one, other):
+    """What `other` is called where it is compared with `one`: a learner is named where it is another."""
+    return title(other) if one[0] == other[0] else full_title(other)
+
+
 def with_error(report, name):
     """A figure with its standard error in brackets, where there is one."""
     if report is None or np.isnan(report[name]):
@@ -121,7 +126,7 @@ def difference_table(differences):
             c = comparisons.get(name)
             interval = [f"{c.low:+.4f} to {c.high:+.4f}" if c else "--"] if name == "rmse" else []
             values += [f"{c.difference:+.4f}" if c else "--", *interval, f"{c.z:+.1f}" if c else "--"]
-        rows.append([learner_name(one), f"{title(one)} − {title(other)}", *values])
+        rows.append([learner_name(one), f"{title(one)} − {title_beside(one, other)}", *values])
     return header, rows
 
 
@@ -130,7 +135,8 @@ def difference_rows(differences):
     rows = []
     for one, other, comparisons in differences:
         values = {f"{name}_{field}": v for name, c in comparisons.items() for field, v in c._asdict().items()}
-        rows.append({"learner": learner_name(one), "difference": f"{title(one)} − {title(other)}", **values})
+        difference = f"{title(one)} − {title_beside(one, other)}"
+        rows.append({"learner": learner_name(one), "difference": difference, **values})
     return rows
 
 
@@ -202,7 +208,7 @@ def terminal_rows(figures):
 
 def in_words(one, other, comparisons):
     """What the difference of two methods means, in a sentence."""
-    c, name, against = comparisons["rmse"], full_title(one), title(other)
+    c, name, against = comparisons["rmse"], full_title(one), title_beside(one, other)
     if not abs(c.z) >= 1.96:
         return f"{name} and {against} cannot be told apart: RMSE differs by {c.difference:+.4f} (z={c.z:+.1f})."
     better, lower = ("better", "lower") if c.difference < 0 else ("worse", "higher")

@@ -29,6 +29,7 @@ STEP_NAME = re.compile(r"(step|weights)-(\d{8,})\.pt")
 MOST_BYTES = 1 << 30  # of all weights of a run without --keep_models, unless two take more
 DIGEST = 2 * hashlib.sha256().digest_size  # characters of the comment
 WEIGHTS = {"system": dict, "options": dict, "fingerprint": str, "item_ids": list, "levels": list}  # what testing needs
+OPTIONAL = {"item_counts": list}  # training ratings of each item; checkpoints of earlier versions lack it
 STATE = {**WEIGHTS, "last": dict, "optimizers": list, "loop": dict}  # what going on needs; both have the step, too
 
 
@@ -101,7 +102,7 @@ def save_checkpoint(folder, step, state, keep=3):
 def save_weights(folder, step, state, keep=0):
     """Save what testing needs of `state`, then remove all but the `keep` newest such files (0: those in MOST_BYTES)."""
     path = Path(folder) / "checkpoints" / f"weights-{step:08d}.pt"
-    write_checkpoint(path, step, {name: state[name] for name in WEIGHTS})
+    write_checkpoint(path, step, {name: state[name] for name in (*WEIGHTS, *OPTIONAL) if name in state})
     remove_older(folder, "weights", step, keep or max(2, MOST_BYTES // path.stat().st_size))
 
 

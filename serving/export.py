@@ -76,10 +76,14 @@ def load_state(source, step=-1):
 
 def check_state(state, source):
     """The entries, checked. UserError where one is missing or makes no sense."""
-    if problem := checkpoint.wrong_entry(state, ENTRIES):
+    kinds = ENTRIES | {name: kind for name, kind in checkpoint.OPTIONAL.items() if name in state}
+    if problem := checkpoint.wrong_entry(state, kinds):
         raise UserError(f"{source} {problem}: export or train it again")
     if not all(map(is_id, state["item_ids"])):
         raise UserError(f"{source} holds item ids that are no text or too long: use another file")
+    counts = state.get("item_counts", [0] * len(state["item_ids"]))
+    if [type(count) for count in counts] != [int] * len(state["item_ids"]) or min(counts) < 0:
+        raise UserError(f"{source} holds other than one number of ratings for each item: export or train it again")
     levels, numbers = state["levels"], state["system"].values()
     if not levels or not all(type(level) in (int, float) and math.isfinite(level) for level in levels):
         raise UserError(f"{source} holds rating levels that are no numbers: use another file")
@@ -124,7 +128,8 @@ def read_safetensors(path):
     if hashlib.sha256(payload).hexdigest() != metadata.get("sha256"):
         raise UserError(f"{path} is damaged (its checksum does not fit): export or copy it again")
     try:
-        state = {name: json.loads(metadata[name]) for name in ENTRIES if name != "system"}
+        names = [name for name in (*ENTRIES, *checkpoint.OPTIONAL) if name in metadata or name in ENTRIES]
+        state = {name: json.loads(metadata[name]) for name in names if name != "system"}
         return {**state, "system": safetensors.torch.load(data)}
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: export it again") from error

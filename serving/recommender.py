@@ -18,6 +18,7 @@ from torch.func import functional_call
 import dataloader
 import maml
 import options as option_module
+from models import checkpoint
 from options import PLACES
 from serving import export
 from utils import UserError, choose_device
@@ -61,7 +62,7 @@ class Recommender:
         """Take the entries of a checkpoint; `source` is named in errors. `load` reads them from a file."""
         state = export.check_state(state, source)
         self.source = Path(source)
-        self.state = {name: state[name] for name in export.ENTRIES}
+        self.state = {name: state[name] for name in (*export.ENTRIES, *checkpoint.OPTIONAL) if name in state}
         given = {"device": device, **dict.fromkeys(PLACES, "")}  # a file says nothing of this machine's places
         self.options = option_module.restore(state["options"], given, source)
         self.item_ids: list[Item] = state["item_ids"]
@@ -81,6 +82,11 @@ class Recommender:
         """
         path, state = export.load_state(source, checkpoint_step)
         return cls(state, path, device)
+
+    @property
+    def item_counts(self) -> np.ndarray | None:
+        """Training ratings (n_items,) of each item; None where an earlier version of the program trained the run."""
+        return np.array(self.state["item_counts"]) if "item_counts" in self.state else None
 
     def number(self, item: Item) -> int:
         """The catalogue number of an item, from 1; 0 for one that training did not see. Equal ids are equal as text."""

@@ -448,6 +448,11 @@ def test_each_method_is_the_one_its_options_make(method):
         (["--external", "MELO=x.csv"], "MELO is a row already"),
         (["--external", "a=x.csv", "a=y.csv"], "two files of one name"),
         (["--export_targets=x", "--external", "a=x.csv"], "makes no table"),
+        (["--export_targets=x", "--models=narm", "--jobs=2"], "leave out --jobs, --models"),
+        (["--export_targets=x", "--mode=sample", "--num_inner_steps=2"], "leave out --num_inner_steps"),
+        (["--paper_methods=melo", "--mode=sample"], "--paper_models is not given: leave out --paper_methods"),
+        (["--mode=sample", "--ranking"], "does not go without --test"),
+        (["--mode=sample", "--test_prefix=x"], "--test_prefix is for compare.py to set"),
         (["--seeds", str(10**20)], "out of range"),
     ],
 )
@@ -601,6 +606,15 @@ def test_errors_are_averaged_over_initialisations_and_the_rmse_of_each_is_shown(
         assert re.search(rf"\| {title} +\| {first:.4f} +\| {second:.4f} +\|", text)
 
 
+def test_what_order_is_worth_is_a_difference_of_its_own():
+    groups = ("simple", "item mean", False), ("sasrec", "melo", False), ("sasrec", "maml", False)
+    found = {group: {"rmse": rmse} for group, rmse in zip(groups, (1.0, 0.9, 0.95), strict=True)}
+    pairs = results.compared(found | {(blind := ("meanpool", "melo", False)): {"rmse": 0.92}})
+    assert (groups[1], blind) in pairs and (blind, groups[0]) in pairs and (blind, blind) not in pairs
+    assert tables.title_beside(groups[1], blind) == "Mean pooling MELO"
+    assert tables.title_beside(*groups[1:]) == "MAML" and tables.title_beside(*groups[:2]) == "SASRec MELO"
+
+
 def test_commit_says_whether_the_code_differs_and_not_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(predictions, "__file__", str(tmp_path / "predictions.py"))
     assert predictions.commit() == "unknown"
@@ -651,7 +665,7 @@ def users_means(tmp_path_factory):
     """A file of another program's predictions: means of the users' ratings."""
     folder = tmp_path_factory.mktemp("external")
     (folder / "script.py").write_text(EXTERNAL)
-    assert not compare.main([f"--export_targets={folder}", *SIZES])
+    assert not compare.main([f"--export_targets={folder}", SIZES[0], SIZES[-1]])
     words = [sys.executable, folder / "script.py", folder / "fold0-seed222", folder / "mine.csv"]
     subprocess.run(words, check=True)
     return folder / "mine.csv"

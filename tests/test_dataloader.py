@@ -47,6 +47,19 @@ def test_impossible_split_is_refused(given):
         dataloader.split_users(40, tiny.options(**given))
 
 
+def test_users_can_be_named_by_the_beginning_of_their_ids():
+    ratings = SimpleNamespace(user_ids=np.array(["a1", "b1", "b2", "c", "d"]))
+    test = dataloader.named_users(ratings, "b")
+    assert test.tolist() == [1, 2]
+    train, validation, found = dataloader.split_users(5, tiny.options(test_prefix="b"), test)
+    assert found.tolist() == [1, 2] and sorted([*train, *validation]) == [0, 3, 4]
+    assert dataloader.named_users(ratings, "") is None
+    with pytest.raises(utils.UserError, match="beginning of 0 of 5"):
+        dataloader.named_users(ratings, "x")
+    with pytest.raises(utils.UserError, match="leave out --fold"):
+        tiny.options(test_prefix="b", fold=1)
+
+
 def test_standardised_by_training_ratings_alone():
     values = np.array([1, 5, 2, 4, 3, 3], np.float32)
     ratings = SimpleNamespace(

@@ -112,6 +112,22 @@ def test_predictions_equal_those_of_evaluation(problem, model, given):
     np.testing.assert_allclose(of_target, scored.prediction, rtol=0, atol=1e-6)
 
 
+def test_ranks_of_last_items_are_their_places_in_the_lists(problem):
+    system, recommender = stirred(problem)
+    users, ratings = problem.test[:20], problem.ratings
+    lists = recommender.top([support_of(ratings, user) for user in users], 10**6)
+    targets = ratings.item_ids[ratings.items[ratings.offsets[users + 1] - 1]].tolist()
+    places = [[item for item, _, _ in found].index(target) + 1 for found, target in zip(lists, targets, strict=True)]
+    ranks = evaluate.rank_targets(system, problem, users)
+    assert ranks["prediction"].tolist() == places
+    count = np.bincount(ratings.items[np.isin(np.repeat(np.arange(len(ratings.user_ids)), np.diff(ratings.offsets)),
+                        problem.train)], minlength=len(ratings.item_ids))  # fmt: skip
+    for user, rank in zip(users, ranks["popularity"], strict=True):
+        *rated, target = ratings.items[ratings.offsets[user] : ratings.offsets[user + 1]]
+        others = np.delete(count, [*rated, target])
+        assert (others > count[target]).sum() < rank <= 1 + (others >= count[target]).sum()
+
+
 def test_top_is_the_sorted_catalogue_without_what_was_rated(problem):
     _, recommender = stirred(problem)
     ratings = [
@@ -452,6 +468,10 @@ def test_candidates_and_excluded_items(command, tmp_path, trained):
     out, err = command(HEAD + "a,1,5\n", *flags)
     assert listed(table(out)) == [row for row in expected(trained, [(1, 5)], 10**6) if row[0] in ("2", "3", "5")]
     assert "no such" in err
+    counts = dict(zip(map(str, trained.item_ids), trained.item_counts, strict=True))
+    most = sorted(counts.values())[-8]
+    out, _ = command(HEAD + "a,1,5\n", f"--min_ratings={most}", "--top=99")
+    assert {row["item"] for row in table(out)} == {item for item, n in counts.items() if n >= most and item != "1"}
     with pytest.raises(UserError, match="leave no item"):
         command(HEAD + "a,1,5\n", f"--candidates={tmp_path / 'not.csv'}", f"--exclude={tmp_path / 'not.csv'}")
 
@@ -646,7 +666,8 @@ BAD = {
     "no titles": ("a,1,5\n", ("--titles={}/none.csv",), "none.csv does not exist"),
     "lacking item": ("a,1,5\n", ("--pairs={}/pairs.csv",), "pairs.csv, line 2"),
     "no list": ("a,1,5\n", ("--candidates={}/none.csv",), "none.csv does not exist"),
-    "a list with pairs": ("a,1,5\n", ("--pairs={}/pairs.csv", "--exclude={}/pairs.csv"), "leave them out"),
+    "a number with pairs": ("a,1,5\n", ("--pairs={}/pairs.csv", "--top=3"), "leave out --top"),
+    "a list with pairs": ("a,1,5\n", ("--pairs={}/pairs.csv", "--exclude={}/pairs.csv"), "leave out --exclude"),
     "output folder": ("a,1,5\n", ("--output={}/none/a.csv",), "name another"),
     "output ending": ("a,1,5\n", ("--output={}/a.xls",), "must end in"),
     "output is a folder": ("a,1,5\n", ("--output={}/folder.csv",), "--output=.* is a folder"),
@@ -694,7 +715,26 @@ def test_bad_input_is_named_in_one_sentence(command, tmp_path, capfd, monkeypatc
     assert set(tmp_path.iterdir()) <= before | {tmp_path / "ratings.csv"}
 
 
+def test_a_run_without_counts_of_ratings_can_be_used_but_not_by_them(run, trained, tmp_path):
+    state = checkpoint.load_checkpoint(checkpoint.best_path(run))
+    counts = state.pop("item_counts")
+    assert trained.item_counts.tolist() == counts and min(counts) >= 0
+    older = Recommender(state, "a test")
+    assert older.item_counts is None
+    for name in ("older.pt", "older.safetensors"):
+        export.write(older, tmp_path / name)
+        assert Recommender.load(tmp_path / name).item_counts is None
+    (tmp_path / "users.csv").write_text(HEAD + "a,1,5\n")
+    with pytest.raises(UserError, match="does not say how often"):
+        recommend.main([f"--run={tmp_path / name}", f"--ratings={tmp_path / 'users.csv'}", "--min_ratings=2"])
+    for wrong in (counts[1:], ["1", *counts[1:]], [-1, *counts[1:]]):
+        with pytest.raises(UserError, match="one number of ratings"):
+            Recommender({**state, "item_counts": wrong}, "a test")
+
+
 def test_what_needs_ratings_is_not_ignored_without_them(run, tmp_path):
+    with pytest.raises(UserError, match="--ratings is missing: --top needs it"):
+        recommend.main([f"--run={run}", f"--export={tmp_path / 'a.pt'}", "--top=3"])
     with pytest.raises(UserError, match="--ratings is missing: --plot needs it"):
         recommend.main([f"--run={run}", f"--export={tmp_path / 'a.pt'}", f"--plot={tmp_path / 'a.png'}"])
     with pytest.raises(UserError, match="--ratings is missing"):

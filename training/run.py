@@ -134,7 +134,7 @@ def load_pretrained(run):
     folder = checkpoint.run_folder(options.pretrain_log_dir, options.mode, options.model, "basic")
     path = checkpoint.checkpoint_path(folder)
     basic, stored, _, _ = evaluate.load_system(path, options, run.problem)
-    for name in ("random_seed", "fold", "num_folds", "num_test_data"):
+    for name in ("random_seed", "fold", "num_folds", "num_test_data", "test_prefix"):
         if getattr(stored, name) != getattr(options, name):
             raise UserError(f"{path} was trained with another --{name}, so it has seen test users: pretrain again")
     try:
@@ -325,6 +325,7 @@ def save(run, validated=False, best=False):
         "options": option_module.as_stored(run.options),
         "fingerprint": ratings.fingerprint,
         "item_ids": ratings.item_ids.tolist(),
+        "item_counts": dataloader.count_ratings(run.problem).tolist(),
         "levels": ratings.levels.tolist(),
     }
     if best:
