@@ -57,8 +57,8 @@ USUAL_METHODS = ("basic", "fomaml", "maml", "melo")
 PAPER_METHODS = ("basic", "maml", "melo")
 SET_HERE = {"model", "fold", "random_seed", "log_dir", "pretrain_log_dir", "test", "resume", "overwrite"}
 SET_HERE |= {"test_prefix"}
-TRAINING = {"output", "models", "methods", "paper_models", "paper_methods", "paper_form", "init_seeds", "jobs", "threads"}
-TRAINING |= {"report", "external"}
+TRAINING = {"output", "models", "methods", "paper_models", "paper_methods", "paper_form", "init_seeds"}
+TRAINING |= {"jobs", "threads", "report", "external"}
 PUBLISHED = ("--output=results/published", "--models", "--paper_models", "bert4rec", "sasrec", "narm", "gru4rec")
 PUBLISHED += ("--paper_methods", *METHODS, "--init_seeds", "5", "6", "--load_pretrained_embedding=True")
 # The rest of the authors' commands for their data sets.
