@@ -7,6 +7,7 @@ Shapes: T tasks, R rows, S positions, Q queries, K inner steps, P adapted parame
 import argparse
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 import utils
 from models import factor_analysis, item_tables, loss_network
 from models.learner import Learner
+from options import steps_in_posterior
 from utils import UserError
 
 
@@ -155,7 +157,8 @@ def look_up(learner, tasks, shifts=None, sparse=False):
 # meta-parameters
 
 
-LEAST_DOUBT = 1e-6  # for its logarithm
+DAMPING = 4.0  # first lambda where no factor analysis tells it, in ratings
+LEAST_DAMPING, LEAST_DOUBT = 1e-3, 1e-6  # for their logarithms
 STATE_DAMPING = 1000.0  # first lambda of the state's weight, in ratings: at the start it hardly moves
 
 
@@ -178,12 +181,12 @@ class InnerRates(nn.Module):
         """`user`, a `factor_analysis.Factors`, has the first lambda and c of the user's bias and vector."""
         super().__init__()
         self.log_rate, self.log_damping, self.log_doubt = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
-        self.of_posterior = options.adapt == "head" and options.head == "joint"
+        self.of_posterior = steps_in_posterior(options)
         names = learner.head.adapted if options.adapt == "head" else [name for name, _ in learner.named_parameters()]
         steps = options.num_inner_steps
         for name in names:
             start = torch.ones(()) if options.adapt == "all" else torch.ones_like(learner.get_parameter(name))
-            self.log_rate[key(name)] = per_step(start * (1.0 if self.of_posterior else options.inner_lr), steps)
+            self.log_rate[key(name)] = per_step(start * options.inner_lr, steps)
             if self.of_posterior:
                 damping, doubt = (start * value for value in first_damping(name, options, user))
                 self.log_damping[key(name)], self.log_doubt[key(name)] = per_step(damping, 1), per_step(doubt, 1)
@@ -232,10 +235,11 @@ def first_damping(name, options, user):
     """The first lambda of a parameter of the default head, in ratings, and its c."""
     if name == "head.state_weight":
         return STATE_DAMPING, LEAST_DOUBT
-    if user is None:
-        return options.inner_damping, LEAST_DOUBT
     of_name = 0 if name == "head.user_bias" else slice(1, None)
-    damping, doubt = (torch.as_tensor(values[of_name], dtype=torch.float32) for values in (user.damping, user.doubt))
+    found = (np.full(2, DAMPING), np.zeros(2)) if user is None else (user.damping, user.doubt)
+    damping, doubt = (torch.as_tensor(values[of_name], dtype=torch.float32) for values in found)
+    if options.inner_damping is not None:
+        damping = max(options.inner_damping, LEAST_DAMPING)
     return damping, doubt.clamp_min(LEAST_DOUBT)
 
 

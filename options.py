@@ -232,9 +232,14 @@ def add_inner_options(parser):
     add = group(parser, "inner loop")
     add("num_inner_steps", 3, count(0, 1000), "gradient steps on a user's support ratings; 0 = none (pretrain.py)")
     add("adapt", "head", str, "the steps change the head's user parameters or everything", choices=["head", "all"])
-    add("inner_lr", 0.05, POSITIVE, "first value of the inner rates; it is 1 where the joint head alone adapts")
+    add("inner_lr", None, POSITIVE, "first value of the inner rates; default: 1 for the joint head alone, else 0.05")
     add("use_learnable_params", True, bool, "learn the inner rates and dampings")
-    add("inner_damping", 4.0, real(), "the same of lambda in gradient / (n + lambda), in ratings; 0 = mean loss")
+    add(
+        "inner_damping",
+        None,
+        real(),
+        "first lambda, in ratings; default: for the joint head alone from the data, else 4",
+    )
     add("use_second_order", None, bool, "differentiate through the steps; default: unless it is FO-MAML")
     add("use_multi_step", True, bool, "multi-step loss: score queries after every inner step, annealed to the last")
     add("multi_step_loss_num_epochs", 300, count(), "iterations over which the multi-step loss is annealed")
@@ -481,7 +486,7 @@ def check_command(options):
 
 
 def check(options):
-    """Refuse impossible combinations, and settle the defaults that depend on other options."""
+    """Refuse impossible combinations of options, which are settled."""
     if not re.fullmatch("[a-z0-9-]{1,40}", options.mode):
         raise UserError(f"--mode={shorten(options.mode)} is no data set: see --help")
     if options.model in ("bert4rec", "sasrec") and options.bert_hidden_units % options.bert_num_heads:
@@ -496,14 +501,28 @@ def check(options):
     if options.min_outer_lr > options.outer_lr:
         start = "outer_lr" if options.num_inner_steps else "pretraining_lr"
         raise UserError(f"--min_outer_lr={options.min_outer_lr} must not be above --{start}={options.outer_lr}")
-    if options.item_lr is None:
-        options.item_lr = 0.0 if options.head == "joint" else 3e-4
-    if options.query_windows is None:
-        options.query_windows = options.paper_form == "code" or bool(options.paper_form) and not options.num_inner_steps
+    settle(options)
     if options.query_windows and options.balance:
         raise UserError("--balance does not go with --query_windows=True: leave one of them out")
+
+
+def settle(options):
+    """Give the options that follow from others, where they are not given, their values."""
+    if options.item_lr is None:
+        options.item_lr = 0.0 if options.head == "joint" else 3e-4
+    if options.inner_lr is None:
+        options.inner_lr = 1.0 if steps_in_posterior(options) else 0.05
+    if options.inner_damping is None and not steps_in_posterior(options):
+        options.inner_damping = 4.0
+    if options.query_windows is None:
+        options.query_windows = options.paper_form == "code" or bool(options.paper_form) and not options.num_inner_steps
     if options.use_second_order is None:
         options.use_second_order = options.use_multi_step or options.use_adaptive_loss
+
+
+def steps_in_posterior(options):
+    """Whether an inner step is taken in the metric of the user's posterior; see `maml.InnerRates`."""
+    return options.adapt == "head" and options.head == "joint"
 
 
 def method(options):

@@ -187,7 +187,13 @@ def test_restored_options_are_those_that_were_stored(form):
     assert found.items() >= kept.items()
 
 
-FOLLOWS = ("use_second_order", "item_lr")  # from other options, where they are not given
+FOLLOWS = (
+    "use_second_order",
+    "item_lr",
+    "inner_lr",
+    "inner_damping",
+    "query_windows",
+)  # from other options, where they are not given
 
 
 @settings(max_examples=300, deadline=None)

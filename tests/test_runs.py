@@ -158,7 +158,7 @@ def test_checkpoint_path(folder):
     assert checkpoint.checkpoint_path(folder, 10).name == "step-00000010.pt"
     checkpoint.save_best(folder, 15, state_of(15))
     assert checkpoint.checkpoint_path(folder).name == checkpoint.checkpoint_path(folder, 15).name == "best.pt"
-    with pytest.raises(UserError, match=r"no checkpoint of step 7.*can be 10, 20, 15 \(the best\) or -1"):
+    with pytest.raises(UserError, match=r"no checkpoint of step 7.*can be 10, 15 \(the best\), 20 or -1"):
         checkpoint.checkpoint_path(folder, 7)
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.checkpoint_path(folder / "elsewhere")
