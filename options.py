@@ -402,7 +402,8 @@ def as_words(values):
 def differing(options):
     """The options that differ from the plain defaults, as one text; without those of a command, such as places."""
     plain = parse("", []) if options.num_inner_steps else parse_pretrain("", [])
-    names = [name for name, value in vars(options).items() if name not in MAY_CHANGE and value != getattr(plain, name)]
+    left_out = {*MAY_CHANGE, *(["num_train_iterations"] if plain.num_train_iterations is None else [])}  # it is counted
+    names = [name for name, value in vars(options).items() if name not in left_out and value != getattr(plain, name)]
     return " ".join(f"--{name}={printable(getattr(options, name))}" for name in names)
 
 
