@@ -26,6 +26,7 @@ from utils import UserError, choose_device
 ADAPTED_AT_ONCE = 128  # users
 SCORED_AT_ONCE = 65536  # items of all users
 IN_CACHE = 6000  # items of all users whose states the processor's cache holds; fewer call more operations
+ON_GPU = 32  # times as many of all these on a GPU, where the number of operations is what counts
 
 Item = int | str
 
@@ -161,6 +162,10 @@ class Recommender:
 
     # The steps of all of these: tasks of the supports, adapted parameters, scores.
 
+    @property
+    def _times(self):
+        return ON_GPU if self.device.type == "cuda" else 1
+
     def _thread_system(self):
         """This thread's own modules around the shared parameters: calling a module with other weights changes it
         for the time of the call."""
@@ -197,16 +202,18 @@ class Recommender:
             # With --adapt=all every user has item tables of their own.
             items = items.expand(len(tasks.table) if self.options.adapt == "all" else 1, -1)
         tasks = tasks._replace(items=numbers).take(slice(None), rows=1)._replace(query_items=items)
-        at_once = max(1, IN_CACHE // len(tasks.table))
+        at_once = max(1, self._times * IN_CACHE // len(tasks.table))
         members = self._thread_system().members
         return sum(score(*pair, tasks, at_once) for pair in zip(members, thetas, strict=True)) / len(members)
 
     def _scores(self, supports, numbers=None):
         """(number of the first user, `_score` (T, Q)) for a few users at a time; see SCORED_AT_ONCE."""
-        for begin in range(0, len(supports), ADAPTED_AT_ONCE):
-            tasks, thetas = self._adapt(supports[begin : begin + ADAPTED_AT_ONCE])
-            items = None if numbers is None else padded(numbers[begin : begin + ADAPTED_AT_ONCE]).to(self.device)
-            step = max(1, SCORED_AT_ONCE // (len(self.item_ids) if items is None else items.shape[1]))
+        at_once = self._times * ADAPTED_AT_ONCE
+        for begin in range(0, len(supports), at_once):
+            tasks, thetas = self._adapt(supports[begin : begin + at_once])
+            items = None if numbers is None else padded(numbers[begin : begin + at_once]).to(self.device)
+            n_items = len(self.item_ids) if items is None else items.shape[1]
+            step = max(1, self._times * SCORED_AT_ONCE // n_items)
             for first in range(0, len(tasks.table), step):
                 part = slice(first, first + step)
                 some = dataloader.Tasks(*(tensor[part] for tensor in tasks))
