@@ -264,7 +264,10 @@ def is_to_grow(folder, options):
         return False
     kept, wanted = state["options"], option_module.as_stored(options)
     if wanted["num_train_iterations"] is None:  # counted from the data's size
-        wanted["num_train_iterations"] = kept["num_train_iterations"]
+        problem = dataloader.load_problem(options)
+        if state.get("fingerprint") != problem.ratings.fingerprint:
+            return False  # the script will say so
+        wanted["num_train_iterations"] = dataloader.count_iterations(options, problem)
     try:
         option_module.check_resume(kept, wanted)
     except UserError:

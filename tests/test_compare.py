@@ -189,12 +189,14 @@ def test_finished_runs_are_not_repeated(reference, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("cell", "script"), [(BASIC, pretrain), (MELO, main)])
 def test_a_run_of_fewer_iterations_starts_again(cell, script, tmp_path, monkeypatch):
-    """Basic's iterations are counted by pretrain.py where they are not given."""
+    """Iterations are counted where they are not given."""
     ways = []
 
     def train(options, folder):
-        options.num_train_iterations = options.num_train_iterations or 59
-        checkpoint.save_checkpoint(folder, 1, {"options": option_module.as_stored(options)})
+        problem = dataloader.load_problem(options)
+        options.num_train_iterations = options.num_train_iterations or dataloader.count_iterations(options, problem)
+        state = {"options": option_module.as_stored(options), "fingerprint": problem.ratings.fingerprint}
+        checkpoint.save_checkpoint(folder, 1, state)
         return 0
 
     def start(words, stdin, **_):
@@ -206,11 +208,11 @@ def test_a_run_of_fewer_iterations_starts_again(cell, script, tmp_path, monkeypa
     monkeypatch.setattr(main, "train", train)
     monkeypatch.setattr(predictions, "score_run", lambda *_: None)
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=start, PIPE="a pipe"))
-    longer = ["--num_train_iterations=900000"]
-    for more in ([], [], longer, longer):
+    fewest, more_than_counted = (f"--num_train_iterations={number}" for number in (1, 900_000))
+    for more in ([fewest], [], [], [more_than_counted], [more_than_counted]):
         args = compare.parse([f"--output={tmp_path}", *SIZES, *more])
         assert compare.run_all(args, {cell: compare.read_options(args, cell)}) == {}
-    assert ways == ["--resume", "--resume", "--overwrite", "--resume"]
+    assert ways == ["--resume", "--overwrite", "--resume", "--overwrite", "--resume"]
 
 
 def test_tables_and_pictures_are_made_from_predictions_alone(reference, tmp_path, capsys):
