@@ -25,6 +25,7 @@ FORMS = {
     "first order": ["--use_multi_step=False", "--use_adaptive_loss=False"],
     "metal": ["--loss_network=metal"],
     "members": ["--members=2", "--skip_nonfinite=True"],
+    "fixed tables": ["--sparse_items=True"],
 }
 
 

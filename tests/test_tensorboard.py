@@ -11,6 +11,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+import tiny
 from running import ITERATIONS, NAMES, command, read_events
 
 import dataloader
@@ -19,7 +20,7 @@ import options as option_module
 import pretrain
 from evaluation import baselines, evaluate
 from models import checkpoint
-from training import run_folder, tensorboard
+from training import progress, run_folder, tensorboard
 
 PATIENCE = 90  # seconds
 MELO, BASIC = NAMES["main"], NAMES["pretrain"]
@@ -215,3 +216,12 @@ def test_starting_again_leaves_nothing_of_the_run_before(log):
     run_folder.clear_folder(log / BASIC, overwrite=True)
     left = {path.name for path in (log / BASIC).rglob("*") if path.is_file()}
     assert left == {"config.json", "lock"}
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [({}, "noise 4.00, biases shrunk by 4.0 ratings, "), ({"inner_damping": 9}, "")]
+)
+def test_a_run_says_what_it_chose_and_not_what_was_given(given, found):
+    run = tiny.run(tiny.options(**given))
+    assert progress.say_chosen(run) == f"3 of 3 factors, {found}400 iterations"
+    assert progress.say_chosen(tiny.run(tiny.options(adapt="all"))) == "400 iterations"

@@ -66,9 +66,12 @@ def open_log(run):
 
 def say_chosen(run):
     """What `chosen` found, as one text."""
-    found, text = chosen(run), "{iterations} iterations"
-    if "factors" in found:
-        text = "{factors} of {most} factors, noise {noise:.2f}, biases shrunk by {bias_damping:.1f} ratings, " + text
+    found = chosen(run)
+    texts = {
+        "factors": "{factors} of {most} factors", "noise": "noise {noise:.2f}",
+        "bias_damping": "biases shrunk by {bias_damping:,.1f} ratings", "iterations": "{iterations} iterations",
+    }  # fmt: skip
+    text = ", ".join(text for name, text in texts.items() if name in found)
     return text.format(most=run.options.num_factors, **found)
 
 

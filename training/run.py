@@ -63,9 +63,9 @@ class Run(NamedTuple):
 def new_run(system, shifts, problem, options, folder):
     """A run of a fresh system, before its first iteration."""
     average, device = copy.deepcopy(system).requires_grad_(False), system.scale.device
-    on_graphs = options.cuda_graphs and device.type == "cuda" and not options.sparse_items
-    graphs = Graphs(device) if on_graphs and distributed.world_size() == 1 else None
     optimizers = build_optimizers(system, options)
+    on_graphs = options.cuda_graphs and device.type == "cuda" and len(optimizers) == 1  # SparseAdam waits for the host
+    graphs = Graphs(device) if on_graphs and distributed.world_size() == 1 else None
     return Run(system, shifts, average, optimizers, problem, options, folder, new_loop(), new_tally(device), graphs)
 
 
@@ -105,13 +105,14 @@ def begin_new(run):
 
 
 def chosen(run):
-    """What a fresh run took from the data where no option says it: {name: number}."""
+    """The iterations of a fresh run, and what it took from the data for its inner steps: {name: number}."""
     member, found = run.system.members[0], {"iterations": run.options.num_train_iterations}
     if member.rates.of_posterior:
-        damping = {name: values.exp().mean().item() for name, values in member.rates.log_damping.items()}
         size = member.learner.item_factor.square().mean(0).sqrt()
-        found |= {"factors": int((size > SMALLEST_FACTOR).sum()), "noise": damping["head/user_vector"]}
-        found |= {"bias_damping": damping["head/user_bias"]}
+        found["factors"] = int((size > SMALLEST_FACTOR).sum())
+    if member.rates.of_posterior and run.options.inner_damping is None:
+        damping = {name: values.exp().mean().item() for name, values in member.rates.log_damping.items()}
+        found |= {"noise": damping["head/user_vector"], "bias_damping": damping["head/user_bias"]}
     return found
 
 
