@@ -25,6 +25,7 @@ DAMPING = 5.0  # ratings that shrink the means from which a fit starts
 LEAST = 1e-3  # noise and spread of users
 LARGEST = 0.15  # root mean square of the first factor there
 MORE_SWEEPS = 3  # of the other users, after a part of them was left out
+AT_ONCE = 1 << 14  # users or items whose matrices are inverted: what that takes would fill the memory
 
 
 class Scales(NamedTuple):
@@ -203,12 +204,15 @@ def user_posterior(rated, items, covariance, scales):
     size = items.shape[1]
     loading, unsure = items.clone(), covariance.clone()
     loading[:, 0], unsure[:, 0], unsure[:, :, 0] = scales.spread, 0, 0
-    information = rated.by_user(rated.ones, products(loading) + half(unsure)) / scales.noise
-    spreads = invert(whole(information, size) + torch.eye(size).to(items))
+    information = rated.by_user(rated.ones, products(loading) + half(unsure)).div_(scales.noise)
     linear = rated.by_user(rated.ratings - items[:, 0][rated.items], loading)
     linear[:, 1:] -= rated.by_user(rated.ones, covariance[:, 0, 1:].contiguous())
-    mean = (spreads @ (linear / scales.noise + scales.centre)[..., None])[..., 0]
-    return mean, products(mean) + half(spreads)
+    linear = linear.div_(scales.noise).add_(scales.centre)
+    for mean, moment in zip(linear.split(AT_ONCE), information.split(AT_ONCE), strict=True):  # views, written over
+        spreads = invert(whole(moment, size) + torch.eye(size).to(items))
+        mean.copy_((spreads @ mean[..., None])[..., 0])
+        moment.copy_(products(mean) + half(spreads))
+    return linear, information
 
 
 def improve(rated, mean, moment, items, covariance, scales, learn):
@@ -218,13 +222,14 @@ def improve(rated, mean, moment, items, covariance, scales, learn):
         some = sums.gram[:, 0, 0] > 0
         variance = (items[some] ** 2 + covariance[some].diagonal(dim1=1, dim2=2)).mean(0)
         scales = scales._replace(precision=1 / (variance + 1e-8), centre=mean.mean(0))
-    covariance = invert(sums.gram / scales.noise + scales.precision.diag())
+    parts = sums.gram.split(AT_ONCE)
+    covariance = torch.cat([invert(part / scales.noise + scales.precision.diag()) for part in parts])
     items = (covariance @ (sums.rating - scales.spread * sums.bias)[..., None])[..., 0] / scales.noise
     rating_bias, bias_bias = sums.of_bias
     spread = max(LEAST, float((rating_bias - (items * sums.bias).sum()) / bias_bias))
     left = rated.ratings @ rated.ratings - 2 * spread * rating_bias + spread**2 * bias_bias
     left -= 2 * (items * (sums.rating - spread * sums.bias)).sum()
-    left += ((items[:, :, None] * items[:, None] + covariance) * sums.gram).sum()
+    left += (items[:, :, None] * items[:, None]).add_(covariance).mul_(sums.gram).sum()
     return items, covariance, scales._replace(spread=spread, noise=max(LEAST, float(left) / len(rated.ratings)))
 
 

@@ -34,6 +34,15 @@ def test_recovers_the_model_that_made_the_ratings_and_its_rank():
     np.testing.assert_allclose(found.damping, [0.25 / 0.25, *[0.25] * 5], rtol=0.15)
 
 
+def test_a_few_users_and_items_at_once_give_the_same_bits(monkeypatch):
+    sequences, _, _ = simulate(n_users=50)
+    whole, apart = factor_analysis.fit(sequences, np.arange(50), 20, 3, parts=2)
+    monkeypatch.setattr(factor_analysis, "AT_ONCE", 7)
+    again, others = factor_analysis.fit(sequences, np.arange(50), 20, 3, parts=2)
+    for one, other in zip([whole, *apart], [again, *others], strict=True):
+        assert all(map(np.array_equal, one, other))
+
+
 def test_posterior_is_the_ridge_regression_of_each_user():
     rng = np.random.default_rng(1)
     is_rated = sparse.csr_array(rng.random((4, 6)) < 0.5).astype(float)
