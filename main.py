@@ -120,7 +120,7 @@ def outer_loop(run, stop):
 
 
 def outer_step(run):
-    """Draw a meta-batch of tasks, and take a step on this rank's share of them. What it found, `runs.settle` tells."""
+    """Draw a meta-batch of tasks, and take a step on this rank's share of them. `runs.settle` tells what it found."""
     opts, problem, iteration = run.options, run.problem, run.loop["iteration"]
     tasks = dataloader.sample_tasks(problem.sequences, problem.train, opts, iteration)
     weights, rates = maml.objective_weights(opts, iteration), optimizer.learning_rates(run.optimizers, opts, iteration)

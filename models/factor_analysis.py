@@ -247,13 +247,13 @@ def invert(matrices):
     """Inverses of positive definite matrices (n, m, m), by operations that wait for no GPU."""
     root = torch.linalg.cholesky_ex(matrices)[0]
     one = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
-    half = torch.linalg.solve_triangular(root, one, upper=False)
-    return half.mT @ half
+    inverse = torch.linalg.solve_triangular(root, one, upper=False)  # of the root
+    return inverse.mT @ inverse
 
 
 def products(vectors):
-    """The upper half of each row's products with itself, (n, m) -> (n, m (m + 1) / 2): what sums of them cost is the
-    most of a fit."""
+    """The upper half of each row's products with itself, (n, m) -> (n, m (m + 1) / 2). Sums of them are most of what a
+    fit costs."""
     first, second = upper_half(vectors)
     return vectors.index_select(1, first) * vectors.index_select(1, second)
 

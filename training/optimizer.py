@@ -69,7 +69,7 @@ def all_groups(optimizers):
 
 
 def take_step(optimizers, rates, skip):
-    """A step of all optimizers at these learning rates (G,), unless the tensor `skip` holds: then nothing changes.
+    """A step of all optimizers at these learning rates (G,), unless the tensor `skip` is true: then nothing changes.
 
     AdamW looks at `skip` on the device. SparseAdam cannot, so that the host waits for it.
     """

@@ -241,10 +241,10 @@ def new_tally(device):
 
 
 def count_step(run, figures):
-    """Count an outer step with its figures (4,); a tensor that tells whether its parameters may not move.
+    """Count an outer step with its figures (4,), on the device; a tensor that tells whether to skip the step.
 
-    They may not where a figure is not finite and, unless --skip_nonfinite, where one was not in an earlier step: the
-    run ends there once the host knows. All of this happens on the device.
+    A step is skipped where a figure is not finite. Without --skip_nonfinite, all later steps are skipped, too, until
+    `settle` ends the run.
     """
     tally, skip = run.tally, ~figures.isfinite().all()
     if not run.options.skip_nonfinite:
@@ -276,7 +276,7 @@ def settle(run):
 
 @torch.no_grad()
 def move_average(run, skip):
-    """Move the running mean of the weights, unless the tensor `skip` holds; as published, the plain head has none."""
+    """Move the running mean of the weights, unless the tensor `skip` is true; as published, the plain head has none."""
     decay = AVERAGE if run.options.head == "joint" and run.loop["iteration"] else 0.0
     weight = (1 - decay) * ~skip
     means, values = list(run.average.parameters()), list(run.system.parameters())
