@@ -16,13 +16,18 @@ import pandas as pd
 from lenskit import als, basic, data, training
 
 
+def read(path):
+    """Users and items are text, whose zeros in front count."""
+    return pd.read_csv(path, dtype={"user": str, "item": str})
+
+
 def predict(scorer, support, targets):
     """A trained scorer's predictions of all targets, a column beside them."""
     known, parts = dict(list(support.groupby(["task", "user", "shots"]))), []
     for key, rows in targets.groupby(["task", "user", "shots"]):
         mine = known.get(key, support.head(0))
-        history = data.ItemList(item_ids=mine.item.to_numpy(), rating=mine.rating.to_numpy())
-        found = scorer(data.RecQuery(history_items=history), data.ItemList(item_ids=rows.item.to_numpy()))
+        history = data.ItemList(item_ids=mine.item.to_numpy(str), rating=mine.rating.to_numpy()) if len(mine) else None
+        found = scorer(data.RecQuery(history_items=history), data.ItemList(item_ids=rows.item.to_numpy(str)))
         parts.append(rows.assign(prediction=found.scores()))
     return pd.concat(parts).sort_index()
 
@@ -45,7 +50,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     damping, parts = {"item": args.item_damping, "user": args.user_damping}, {"bias": [], "als": []}
     for fold in sorted(args.folder.glob("fold*-seed*")):
-        rated, support, targets = (pd.read_csv(fold / f"{name}.csv") for name in ("training", "support", "targets"))
+        rated, support, targets = (read(fold / f"{name}.csv") for name in ("training", "support", "targets"))
         number, seed = fold.name.removeprefix("fold").split("-seed")
         targets = targets.drop(columns="rating").assign(fold=number, seed=seed)
         support, targets = with_fewer(support, targets, args.shots)

@@ -708,6 +708,12 @@ def test_lenskit_from_outside_gives_our_damped_means(reference, users_means, tmp
     assert (table.bias - table["damped means"]).abs().max() < 1e-4
 
 
+def test_ids_in_exported_files_keep_their_zeros(tmp_path):
+    lenskit_rows = pytest.importorskip("examples.lenskit_rows")
+    (tmp_path / "support.csv").write_text("user,item,rating\n007,0012,3\n")
+    assert lenskit_rows.read(tmp_path / "support.csv").iloc[0].tolist() == ["007", "0012", 3]
+
+
 def test_exported_files_hold_no_test_user_in_training_and_nothing_after_a_support(users_means):
     parts = {path.stem: pd.read_csv(path) for path in (users_means.parent / "fold0-seed222").glob("*.csv")}
     assert not set(parts["targets"].user) & (set(parts["training"].user) | set(parts["validation"].user))
