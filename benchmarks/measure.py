@@ -132,7 +132,9 @@ def peak_memory(bench):
 
 
 def memory_of_steps(bench, *arguments):
-    """MB that `outer_steps` add to this process."""
+    """MB that `outer_steps` add to this process, or to what it holds of a GPU."""
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     before, take = peak_memory(bench), outer_steps(bench, *arguments)
     take()
     take()  # now with all that the optimizer holds

@@ -159,7 +159,10 @@ def compare(bench, kinds):
         given = [(form, count, *kind) for count, kind in zip(counts, kinds.values(), strict=True)]
         seconds = measure.step_times(bench, *(measure.outer_steps(bench, *each) for each in given))
         for name, arguments, count, took in zip(kinds, given, counts, seconds, strict=True):
-            memory = measure.together(1, measure.memory_of_steps, bench, *arguments)[0]
+            if bench.device.type == "cuda":
+                memory = measure.memory_of_steps(bench, *arguments)
+            else:  # the most that a process has held does not fall
+                memory = measure.together(1, measure.memory_of_steps, bench, *arguments)[0]
             rows.append((f"{form}, {name}: time a task", 1e3 * took / count, "ms", ""))
             rows.append((f"{form}, {name}: memory", memory, "MB", ""))
     return rows
