@@ -45,8 +45,8 @@ def run_script(main):
     """`utils.run_script` for a script that torchrun may start in several ranks.
 
     A process has one CPU thread, as torchrun gives it, unless OMP_NUM_THREADS is set. Operations are small: where other
-    programs run, each waits for its slowest thread. Two threads took 20 times as long on two cores with a load of 10, and
-    a sixth less than one on idle cores.
+    programs run, each waits for its slowest thread. Two threads took 20 times as long on two cores with a load of 10, a
+    sixth less than one on idle cores.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
