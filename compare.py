@@ -1,6 +1,6 @@
 """Train methods x learners x folds x seeds side by side, score all on the same targets, write tables and pictures.
 
-    python compare.py --demo                                        # the bundled sample: minutes on 2 cores
+    python compare.py --demo                                        # the bundled sample: a minute on 2 cores
     python compare.py --output results/ml-1m --models bert4rec narm sasrec gru4rec --folds 0
     python compare.py --output results/ml-1m --models bert4rec --paper_models bert4rec --folds 0 1 2 3 4 5
     python compare.py --output results/amazon --mode=amazon --data_path=Data/amazon/grocery_ratings.csv

@@ -115,7 +115,9 @@ def test_wrong_options_are_refused(wrong):
 def test_an_outer_step_moves_the_system_and_counts_on():
     take = measure.outer_steps(tiny(), "paper", 4, 50)
     run = take.__closure__[0].cell_contents
-    before = [p.clone() for p in run.parameters]
+    before = [p.clone() for p in [*run.system.parameters()]]
     take()
-    assert run.loop["iteration"] == 1 and any((p != q).any() for p, q in zip(before, run.parameters, strict=True))
+    assert run.loop["iteration"] == 1 and any(
+        (p != q).any() for p, q in zip(before, [*run.system.parameters()], strict=True)
+    )
     assert dataloader.AT_ONCE["adapt"] != dataloader.ON_GPU

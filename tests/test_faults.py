@@ -160,7 +160,7 @@ def test_divergence_names_iteration_figure_and_option(log, flag, script, words):
 
 def test_parameters_that_are_not_finite_are_not_saved():
     training = tiny.run(tiny.options())
-    training.parameters[-1].data.fill_(torch.inf)
+    [*training.system.parameters()][-1].data.fill_(torch.inf)
     with pytest.raises(FloatingPointError, match="iteration 0: the last step made parameters that are not finite"):
         runs.save(training)
 

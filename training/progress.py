@@ -55,8 +55,8 @@ def open_log(run):
     given = f"options: {option_module.differing(options) or 'the defaults'}"
     print(textwrap.fill(given, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
     print("{:,} users train, {:,} validate, {:,} test; {:,} items".format(*parts, len(problem.ratings.item_ids)))
-    if validated < 0:
-        print(textwrap.fill(f"chosen from the data: {say_chosen(run)}", 80, subsequent_indent="  "))
+    if validated < 0 and (taken := say_chosen(run)):
+        print(textwrap.fill(f"chosen from the data: {taken}", 80, subsequent_indent="  "))
     print("validation RMSE to beat: " + ", ".join(f"{name} {value:.4f}" for name, value in simple.items()))
     if run.loop["iteration"]:
         print(f"going on after iteration {run.loop['iteration']}")
@@ -85,12 +85,12 @@ def log_start(run, writer):
         device=run.system.scale.device,
     )  # fmt: skip
     has = {tensorboard.ADAPTING: options.num_inner_steps > 0, tensorboard.WEIGHTS: options.use_adaptive_loss}
-    chosen = {name: value for name, value in vars(options).items() if name not in option_module.MAY_CHANGE}
+    shown = {name: value for name, value in vars(options).items() if name not in option_module.MAY_CHANGE}
     with tensorboard.writing_events(run.folder):
         writer.add_text("guide", text)
         tensorboard.add_options(writer, vars(options))
         tensorboard.add_charts(writer, left_out=[title for title, there in has.items() if not there])
-        tensorboard.add_session(writer, chosen | {"method": run.folder.name.rpartition("-")[2]})
+        tensorboard.add_session(writer, shown | {"method": run.folder.name.rpartition("-")[2]})
 
 
 def close_log(run, log):

@@ -45,10 +45,6 @@ class Run(NamedTuple):
         return self.system.scale.device
 
     @property
-    def parameters(self):
-        return [p for p in self.system.parameters() if p.requires_grad]
-
-    @property
     def validation_targets(self):
         """Number of last ratings of each validation user that are predicted."""
         return 3 if self.options.head == "joint" else 1
@@ -105,8 +101,9 @@ def begin_new(run):
 
 
 def chosen(run):
-    """The iterations of a fresh run, and what it took from the data for its inner steps: {name: number}."""
-    member, found = run.system.members[0], {"iterations": run.options.num_train_iterations}
+    """What a fresh run took from the data, its number of iterations and for its inner steps: {name: number}."""
+    member, counted = run.system.members[0], dataloader.count_iterations(run.options, run.problem)
+    found = {"iterations": counted} if run.options.num_train_iterations == counted else {}
     if member.rates.of_posterior:
         size = member.learner.item_factor.square().mean(0).sqrt()
         found["factors"] = int((size > SMALLEST_FACTOR).sum())
@@ -279,10 +276,7 @@ def move_average(run, skip):
     """Move the running mean of the weights, unless the tensor `skip` is true; as published, the plain head has none."""
     decay = AVERAGE if run.options.head == "joint" and run.loop["iteration"] else 0.0
     weight = (1 - decay) * ~skip
-    means, values = list(run.average.parameters()), list(run.system.parameters())
-    if run.device.type == "cuda":  # few operations, and much memory for large tables
-        return torch._foreach_add_(means, torch._foreach_mul(torch._foreach_sub(values, means), weight))
-    for mean, value in zip(means, values, strict=True):
+    for mean, value in zip(run.average.parameters(), run.system.parameters(), strict=True):
         mean.lerp_(value, weight)
 
 
