@@ -7,6 +7,7 @@
     python compare.py --preset=published                            # the published method: four learners, five methods
     python compare.py --preset=published --paper_models narm        # the same for one learner
     python compare.py --output results/ml-1m --report_only          # the tables again, from the kept predictions
+    python compare.py --output results/ml-1m-users --models sasrec --train_users 250 500 1000 2000     # few users
     python compare.py --output results/ml-1m --protocol=melu --seeds 1 2 3 4 5     # another paper's protocol
     python compare.py --export_targets targets --folds 0 --mode=ml-1m     # the targets as CSV, for other programs
     python compare.py --output results/ml-1m --external mine=mine.csv     # their predictions as a row of the tables
@@ -58,7 +59,7 @@ PAPER_METHODS = ("basic", "maml", "melo")
 SET_HERE = {"model", "fold", "random_seed", "log_dir", "pretrain_log_dir", "test", "resume", "overwrite"}
 SET_HERE |= {"test_prefix"}
 TRAINING = {"output", "models", "methods", "paper_models", "paper_methods", "paper_form", "init_seeds"}
-TRAINING |= {"jobs", "threads", "report", "external"}
+TRAINING |= {"jobs", "threads", "report", "external", "train_users"}
 PUBLISHED = ("--output=results/published", "--models", "--paper_models", "bert4rec", "sasrec", "narm", "gru4rec")
 PUBLISHED += ("--paper_methods", *METHODS, "--init_seeds", "5", "6", "--load_pretrained_embedding=True")
 # The rest of the authors' commands for their data sets.
@@ -108,6 +109,10 @@ def parse(argv):
     add("--threads", type=count(1, 1000), help="CPU threads of a run; changes last digits (default: 1)")
     add("--report", type=option_module.folder, help="folder of tables and pictures (default: that of --output)")
     add("--report_only", action="store_true", help="tables from the kept predictions, without training")
+    text = (
+        "the comparison with each of these numbers of training users (<output>/<number>-users), and a picture"
+    )
+    add("--train_users", nargs="*", default=[], type=count(1), metavar="N", help=text)
     text = "melu: MeLU's users, targets and figures, drawn by --seeds; in <output>/melu"
     add("--protocol", choices=protocols.PROTOCOLS, help=text)
     text = "another program's predictions as a row: a CSV file of user, item, prediction (and task, fold, seed)"
@@ -170,7 +175,7 @@ def unused(args, own, rest):
         used = option_module.in_groups("data", "split of users") | {"max_seq_len"}
         yield "--export_targets makes no table and trains nothing", own & TRAINING | rest - used
     if args.protocol:
-        owns = own & {"folds", "external", "export_targets"} | rest & protocols.UNUSED
+        owns = own & {"folds", "external", "export_targets", "train_users"} | rest & protocols.UNUSED
         yield f"--protocol={args.protocol} has users and targets of its own", owns
     if not args.paper_models:
         yield "--paper_models is not given", own & {"paper_methods", "paper_form"}
@@ -425,8 +430,31 @@ def report(args, cells, paths):
     return tables.write(args.report, cells, found)
 
 
+def by_train_users(args, argv):
+    """The comparison with each number of training users, and a picture of all: the exit status."""
+    found = {}
+    for number in sorted(set(args.train_users)):
+        own = [f"--{name}={getattr(args, name)}/{number}-users" for name in ("output", "report")]
+        words = [*argv, *own, "--train_users", *([] if args.report_only else [f"--num_train_users={number}"])]
+        if status := main(words):
+            return status
+        part = parse(words)
+        found[number] = results.load(kept(part, list_cells(part)))
+    figures.draw_train_users(args.report, list_cells(args), found)
+    print(f"Picture of all numbers of training users: {args.report / 'train_users.png'}")
+    return 0
+
+
+def kept(args, cells):
+    """The files of predictions that are there, {cell: path}."""
+    return {cell: path for cell in cells if os.path.exists(path := path_of(args, cell))}
+
+
 def main(argv=None):
-    args = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    if args.train_users:
+        return by_train_users(args, argv)
     cells = list_cells(args)
     if args.protocol and not args.report_only:
         utils.make_folder(args.output / "runs", parents=True)
@@ -440,8 +468,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         say("stopped; the same command goes on")
         return 130
-    paths = {cell: path_of(args, cell) for cell in cells if cell not in failed}
-    print(report(args, cells, {cell: path for cell, path in paths.items() if os.path.exists(path)}))
+    print(report(args, cells, kept(args, [cell for cell in cells if cell not in failed])))
     print(f"Tables and pictures: {args.report}")
     if args.demo:
         print(NEXT.format(bin=os.path.relpath(Path(sys.executable).parent)))

@@ -111,7 +111,7 @@ def split_users(n_users, options, test=None):
     """Split users, never ratings, into (train, validation, test), each an ascending array of user numbers.
 
     Test users are `test` where it is given, else drawn by `random_seed`, or fold `fold` of `num_folds`; 15 % of the
-    rest validate.
+    rest validate. Of those who train, `num_train_users` are taken where it is not 0, more of them with a larger number.
     """
     rng = np.random.RandomState(options.random_seed)
     if options.fold >= 0:
@@ -128,7 +128,11 @@ def split_users(n_users, options, test=None):
     rest = np.setdiff1d(np.arange(n_users), test)
     rest = np.random.RandomState([options.random_seed, 1]).permutation(rest)
     n_train = min(max(1, round(0.85 * len(rest))), len(rest) - 1)
-    return np.sort(rest[:n_train]), np.sort(rest[n_train:]), np.sort(test)
+    if options.num_train_users > n_train:
+        raise UserError(
+            f"--num_train_users={options.num_train_users} is more than the {n_train} training users; lower it"
+        )
+    return np.sort(rest[: options.num_train_users or n_train]), np.sort(rest[n_train:]), np.sort(test)
 
 
 def standardise(ratings, train, balance=0.0):

@@ -189,6 +189,7 @@ def add_split_options(parser):
     add("num_folds", 6, count(2), "number of folds that all users are divided into")
     add("test_prefix", "", str, "test on the users whose ids begin with this text, a split of your own")
     add("val_size", 1000, count(), "validate on at most this many validation users")
+    add("num_train_users", 0, count(0), "train on this many of the training users; 0 = all")
 
 
 # -----------------------------------------------------------------------------

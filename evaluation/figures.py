@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -63,6 +64,18 @@ def draw_all(folder, cells, found):
                 save(folder, name, draw_panels(rows.assign(part=part), panels, parts, ticks, label, where))
         save(folder, "weights", draw_weights(found.about, levels, where))
         save(folder, "validation", draw_validation(found.about, name_of(found.about)))
+
+
+def draw_train_users(folder, cells, found):
+    """Draw the differences from the damped means by number of training users, {number: `results.Results`}."""
+    first = next(iter(found.values()))
+    groups = [group for group in results.groups_of(cells, first) if group[0] != "external"]
+    rows = pd.concat([at_full_support(each.last).assign(part=number) for number, each in found.items()])
+    where = f"{name_of(first.about)}, {first.last.user.nunique():,} test users, the last rating of each"
+    parts, ticks = list(found), [f"{number:,}" for number in found]
+    with matplotlib.rc_context(STYLE):
+        figure = draw_panels(rows, panels_of(groups), parts, ticks, "users that trained", where)
+        save(folder, "train_users", figure)
 
 
 def name_of(about):

@@ -25,6 +25,7 @@ from utils import UserError
 
 SHOTS = (0, 1, 2, 3, 5, 10, 20, 29)  # support ratings of the cold-start curve, as far as max_seq_len allows
 SIMPLE_OPTIONS = ("fold", "num_folds", "num_test_data", "random_seed", "max_seq_len", "mode", "test_prefix")
+SIMPLE_OPTIONS += ("num_train_users",)
 FORMS = {False: "", True: "-paper", "code": "-code"}  # in the names of files, by --paper_form
 NUMBERS = ("target", "prediction", "support", "shots", "balance")  # columns of a file, beside those in KEY
 KEY = ["method", "task", "shots", "user", "item"]

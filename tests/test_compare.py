@@ -35,6 +35,7 @@ ASKED = ("--models=bert4rec", *SIZES, *SHORT)
 BASIC, MELO = (Cell("bert4rec", method, False, 0, 222) for method in ("basic", "melo"))
 SIMPLE = Cell("simple", "simple", False, 0, 222)
 TABLES = ("table.csv", "differences.csv")
+PICTURE_OF_USERS = ("train_users.png", "train_users.svg")
 
 
 # -----------------------------------------------------------------------------
@@ -419,6 +420,21 @@ def test_cells_do_not_depend_on_the_order_of_the_command_line():
     assert len(cells) == len(set(cells)) == 2 * (1 + 2 * 2 + 3)
 
 
+def test_each_number_of_training_users_has_tables_of_its_own_and_all_have_a_picture(tmp_path, capsys):
+    given = [f"--output={tmp_path}", "--train_users", "60", "20", "--methods", "maml"]
+    assert compare.main([*given, "--models=sasrec", *SIZES, "--num_train_iterations=2"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["20-users", "60-users", *PICTURE_OF_USERS]
+    for number in (20, 60):
+        state = checkpoint.load_newest(next(tmp_path.glob(f"{number}-users/runs/*/*")))
+        assert state["options"]["num_train_users"] == number
+        assert (tmp_path / f"{number}-users" / "table.md").exists()
+    capsys.readouterr()
+    before = (tmp_path / "train_users.png").read_bytes()
+    assert compare.main([*given, "--models=sasrec", "--report_only"]) == 0
+    assert (tmp_path / "train_users.png").read_bytes() == before
+    assert "train_users.png" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", compare.METHODS)
 def test_each_method_is_the_one_its_options_make(method):
     args = compare.parse(["--output=out", "--", "--mode=sample", "--num_inner_steps", "3"])
@@ -451,6 +467,7 @@ def test_each_method_is_the_one_its_options_make(method):
         (["--external", "a=x.csv", "a=y.csv"], "two files of one name"),
         (["--export_targets=x", "--external", "a=x.csv"], "makes no table"),
         (["--export_targets=x", "--models=narm", "--jobs=2"], "leave out --jobs, --models"),
+        (["--export_targets=x", "--train_users", "5"], "leave out --train_users"),
         (["--export_targets=x", "--mode=sample", "--num_inner_steps=2"], "leave out --num_inner_steps"),
         (["--paper_methods=melo", "--mode=sample"], "--paper_models is not given: leave out --paper_methods"),
         (["--mode=sample", "--ranking"], "does not go without --test"),

@@ -41,7 +41,15 @@ def test_fifteen_percent_validate():
     assert (len(train), len(validation)) == (850, 150)
 
 
-@pytest.mark.parametrize("given", [{"num_test_data": 39}, {"fold": 0, "num_folds": 41}])
+def test_fewer_training_users_are_some_of_more():
+    options = [tiny.options(num_test_data=10, num_train_users=n) for n in (0, 12, 5)]
+    (every, *rest), (twelve, *same), (five, *others) = (dataloader.split_users(40, each) for each in options)
+    assert (len(every), len(twelve), len(five)) == (26, 12, 5)
+    assert set(five) < set(twelve) < set(every)
+    assert all(map(np.array_equal, rest * 2, same + others))
+
+
+@pytest.mark.parametrize("given", [{"num_test_data": 39}, {"fold": 0, "num_folds": 41}, {"num_train_users": 35}])
 def test_impossible_split_is_refused(given):
     with pytest.raises(utils.UserError, match="lower it"):
         dataloader.split_users(40, tiny.options(**given))
