@@ -50,7 +50,7 @@ PAPER_FORM = {
     "pretrain_epochs": 100, "pretraining_lr": 1e-3, "val_size": 600, "log_interval": 50,
 }  # fmt: skip
 # What the authors' code does otherwise than their paper says; see docs/METHOD.md.
-CODE_FORM = {**PAPER_FORM, "normalize_loss": False, "absolute_weights": True}
+CODE_FORM = {**PAPER_FORM, "normalize_loss": False}
 FORMS = {False: {}, True: PAPER_FORM, "code": CODE_FORM}  # --paper_form
 
 
@@ -251,7 +251,6 @@ def add_loss_options(parser):
     add("use_adaptive_loss", True, bool, "learn a loss per user (MELO); False: squared error (MAML)")
     add("loss_network", "mlp", str, "the network that gives the weights", choices=list(LOSS_NETWORKS))
     add("normalize_loss", False, bool, "scale the weights to mean 1 over a user's support")
-    add("absolute_weights", False, bool, "lstm: absolute values of its last layer for weights in place of exponentials")
     add("use_step_loss", True, bool, "one loss network for each inner step (mlp, metal)")
     add("loss_num_layers", 1, count(1, 64), "hidden layers of the mlp")
     add("lstm_hidden", 16, count(1, 8192), "hidden size of the loss network")
@@ -429,11 +428,12 @@ def removed(options):
         "weight_decay": 0.01 if joint else 0.0, "average": 0.98 if joint else 0.0, "val_targets": 3 if joint else 1,
         "error_heads": 2 if joint else ANY, "cross_fit": 4 if joint else ANY, "init_items": "factors" if joint else ANY,
         "inner_rates": "element" if options.get("adapt", "head") == "head" else "tensor",
+        "absolute_weights": options.get("paper_form") == "code",
     } | ({} if joint else {"factor_prior": ANY})  # fmt: skip
 
 
 # The removed options that decide what a trained system predicts; the others were for training alone.
-DECIDES = ("use_rating_input", "error_heads", "inner_rates")
+DECIDES = ("use_rating_input", "error_heads", "inner_rates", "absolute_weights")
 
 
 def without_removed(stored, gone):

@@ -4,7 +4,7 @@ A loss is one class and one entry of `options.LOSS_NETWORKS`. It has two methods
 prediction changes. `forward(prepared, step, predicted, tasks)` gives half the derivative of each position's loss in its
 prediction, (T, R, S): the weighted error (mlp, lstm), or that of a loss learned beside the squared one (metal). Weights
 are positive, and with --normalize_loss=True of mean 1 over a user's support, so that weighting is not confounded with
-step size. A fresh network gives the squared error, unless --absolute_weights is given.
+step size. A fresh network gives the squared error, but that of --paper_form=code.
 """
 
 import math
@@ -115,8 +115,8 @@ class LSTMLoss(nn.Module):
         widths = [inputs] + [hidden] * (options.lstm_num_layers - 1)
         self.cells = nn.ModuleList(nn.Linear(width + hidden, 4 * hidden) for width in widths)
         self.start = nn.Parameter(torch.zeros(options.lstm_num_layers, 2, hidden))
-        self.output = nn.Linear(hidden, 1) if options.absolute_weights else zero_linear(hidden, options.normalize_loss)
-        self.normalised, self.absolute = options.normalize_loss, options.absolute_weights
+        self.absolute, self.normalised = options.paper_form == "code", options.normalize_loss
+        self.output = nn.Linear(hidden, 1) if self.absolute else zero_linear(hidden, options.normalize_loss)
 
     def prepare(self, tasks):
         """Weight of each position (T, R, S)."""

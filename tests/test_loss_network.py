@@ -72,14 +72,17 @@ def test_without_normalisation_weights_keep_their_size(kind):
     torch.testing.assert_close(found / mean, normalised)
 
 
+CODE = {"paper_form": "code", "lstm_input_size": 5}
+
+
 def test_absolute_weights_are_those_of_the_last_layer():
     task, predictions = support()
-    fresh, plain = (build("lstm", fresh=fresh, absolute_weights=True)[0] for fresh in (True, False))
+    fresh, plain = (build("lstm", fresh=fresh, **CODE)[0] for fresh in (True, False))
     states = []
     plain.output.register_forward_pre_hook(lambda module, given: states.append(given[0]))
     found = rating_weights(plain, 0, predictions, task)
     torch.testing.assert_close(found, plain.output(states[0])[..., 0].abs() * (task.segment > 0))
-    normalised = rating_weights(build("lstm", absolute_weights=True, normalize_loss=True)[0], 0, predictions, task)
+    normalised = rating_weights(build("lstm", **{**CODE, "normalize_loss": True})[0], 0, predictions, task)
     torch.testing.assert_close(normalised, found * task.times.sum() / found.sum())
     assert 0 < rating_weights(fresh, 0, predictions, task)[task.segment > 0].mean() < 1
 
