@@ -81,7 +81,7 @@ class Factors(NamedTuple):
     centre: np.ndarray  # (1 + k,) mean of the users' biases and vectors
     damping: np.ndarray  # (1 + k,) noise over the variance of these: in ratings
     doubt: np.ndarray  # (1 + k,) mean variance of the factors, by which each of a user's ratings adds to the damping
-    audience: np.ndarray  # (n_items,) by how much an item pleases those who rate it more than the mean user
+    audience: np.ndarray  # (n_items, 1 + k) how those who rate an item differ from the mean user in bias and vector
 
 
 def fit(sequences, users, n_items, k, parts=0, device="cpu"):
@@ -170,8 +170,8 @@ def finish(rated, vectors, state, turn):
     damping[0] /= scales.spread**2
     unsure = torch.einsum("ikl,i->kl", covariance[:, 1:, 1:], count) / count.sum()
     doubt = F.pad((turn * (unsure @ turn)).sum(0), (1, 0))
-    loading = F.pad(items[:, 1:], (1, 0), value=scales.spread)
-    audience = (loading * lean(rated, vectors[0])).sum(1)
+    audience = lean(rated, vectors[0])
+    audience = torch.cat([scales.spread * audience[:, :1], audience[:, 1:] @ turn], 1)
     return Factors(*(v.cpu().numpy() for v in (items[:, 0], items[:, 1:] @ turn, centre, damping, doubt, audience)))
 
 

@@ -42,7 +42,7 @@ def fit(sequences, users, n_items, options, device="cpu"):
         {
             "item_effect": factors.effect[:, None],
             "item_factor": factors.factor,
-            "item_audience": factors.audience[:, None],
+            "item_audience": factors.audience,
             "item_embedding": embedding,
         }
         for factors, embedding in zip([found, *apart], embeddings, strict=True)

@@ -43,7 +43,7 @@ class Learner(nn.Module):
         self.item_embedding = table(n_items, hidden, 0.02, generator)
         if joint:
             self.item_effect = table(n_items, 1, 0.0, generator)
-            self.item_audience = table(n_items, 1, 0.0, generator)
+            self.item_audience = table(n_items, 1 + options.num_factors, 0.0, generator)
             self.item_factor = table(n_items, options.num_factors, 0.1, generator)
 
     def tables(self):
@@ -67,9 +67,11 @@ class Learner(nn.Module):
         predicted = self.head(states, rows)
         if self.errors is None:
             return predicted, (memory,)
+        choices = self.head.choices(tasks, rows)
+        predicted = predicted + liking(choices[:, None, None], rows)
         weights, of_errors = self.errors.encode_history(rows, tasks)
         error = (tasks.ratings - predicted) * (tasks.segment > 0)
-        return predicted + apply(weights, error), (memory, of_errors, error[:, 0], length(tasks))
+        return predicted + apply(weights, error), (memory, of_errors, error[:, 0], length(tasks), choices)
 
     def predict_query(self, items, memory, tables):
         """Predictions (T, Q) for query items (T, Q), places in the tables."""
@@ -77,8 +79,9 @@ class Learner(nn.Module):
         states = self.encoder.encode_query(rows["item_embedding"], memory[0])
         if self.errors is None:
             return self.head(states, rows)
-        _, of_errors, error, n_support = memory
-        predicted = self.head(trust(states, n_support), rows) + self.head.lean(n_support, rows)
+        _, of_errors, error, n_support, choices = memory
+        predicted = self.head(trust(states, n_support), rows)
+        predicted = predicted + liking(choices[:, None] + self.head.lean(n_support, rows), rows)
         return predicted + apply(self.errors.encode_query(rows, of_errors), error)
 
     def predict(self, tasks, tables, at_once=None):
@@ -97,9 +100,10 @@ class Learner(nn.Module):
         query_states = self.encoder.encode_query(query_rows["item_embedding"], memory)
         if self.errors is None:
             return self.head.features(states, rows), self.head.features(query_states, query_rows)
-        n_support, support = length(tasks), self.head.features(states, rows)
-        query = self.head.features(trust(query_states, n_support), query_rows)
-        query = query + F.pad(self.head.lean(n_support, query_rows)[..., None], (0, query.shape[-1] - 1))
+        n_support, choices = length(tasks), self.head.choices(tasks, rows)
+        support = self.head.features(states, rows, choices[:, None, None])
+        shift = choices[:, None] + self.head.lean(n_support, query_rows)
+        query = self.head.features(trust(query_states, n_support), query_rows, shift)
         weights, of_errors = self.errors.encode_history(rows, tasks)
         ratings = F.pad(tasks.ratings[..., None], (0, support.shape[-1] - 1))
         error = (ratings - support) * (tasks.segment > 0)[..., None]
@@ -117,6 +121,11 @@ def trust(states, n_support):
     Then the prediction is that of the factor analysis, which is hard to beat for users of whom nothing is known.
     """
     return states * (n_support / (n_support + 1))[..., None]
+
+
+def liking(shift, rows):
+    """What a shift (T, ..., 1 + factors) of a user's bias and vector adds to predictions (T, ...)."""
+    return shift[..., 0] + (rows["item_factor"] * shift[..., 1:]).sum(-1)
 
 
 def apply(weights, errors):
@@ -153,12 +162,14 @@ def table(n_items, width, std, generator):
 
 
 FADING = 4.0  # ratings of a user that halve what the item's audience counts, at the start
+CHOICE, ALIKE = 0.6, 10.0  # what the audience of each rated item counts, and the ratings that halve it, at the start
 
 
 class JointHead(nn.Module):
     """item effect + user bias + item factor . (user vector + A state) + state weight . state.
 
-    User bias, user vector and state weight adapt to a user. A query adds what `lean` gives.
+    User bias, user vector and state weight adapt to a user. Bias and vector add what `choices` gives, and a query adds
+    what `lean` gives.
     """
 
     adapted = ("head.user_bias", "head.user_vector", "head.state_weight")
@@ -171,6 +182,8 @@ class JointHead(nn.Module):
         self.to_vector = Linear(hidden, factors, bias=False)
         nn.init.zeros_(self.to_vector.weight)
         self.log_fading = nn.Parameter(torch.tensor(FADING).log())
+        self.choice = nn.Parameter(torch.full((1 + factors,), CHOICE))
+        self.log_alike = nn.Parameter(torch.tensor(ALIKE).log())
 
     def start_user(self, centre):
         """Start from the training users' mean bias and vector (1 + factors,)."""
@@ -178,10 +191,20 @@ class JointHead(nn.Module):
             self.user_bias.fill_(float(centre[0]))
             self.user_vector.copy_(torch.as_tensor(centre[1:]))
 
+    def choices(self, tasks, rows):
+        """What the items that a user rated say of the user's bias and vector (T, 1 + factors), whatever the ratings.
+
+        It is the sum of the items' audiences, of which many count less each, as they are alike.
+        """
+        whole, n_support = (tasks.segment[:, 0] == 1)[..., None], length(tasks)
+        total = (rows["item_audience"][:, 0] * whole).sum(1)
+        alike = broadcast_parameter(self.log_alike, n_support, 0).exp()
+        return broadcast_parameter(self.choice, total) * total * (alike / (n_support + alike))
+
     def lean(self, n_support, rows):
-        """What a query takes from its item's audience (T, Q): all without ratings of the user, then less and less."""
+        """The same of a query's item (T, Q, 1 + factors): its whole audience without ratings, then less and less."""
         fading = broadcast_parameter(self.log_fading, n_support, 0).exp()
-        return fading / (n_support + fading) * rows["item_audience"][..., 0]
+        return (fading / (n_support + fading))[..., None] * rows["item_audience"]
 
     def forward(self, state, rows):
         """Predictions (T, ...) from states (T, ..., D) and the items' rows {name: (T, ..., width)}."""
@@ -189,10 +212,14 @@ class JointHead(nn.Module):
         bias = rows["item_effect"][..., 0] + broadcast_parameter(self.user_bias, state[..., 0], 0)
         return bias + (rows["item_factor"] * vector).sum(-1) + dot(state, self.state_weight)
 
-    def features(self, state, rows):
-        """Features (T, ..., 1 + P) whose inner products with (1, bias, user vector, state weight) are predictions."""
+    def features(self, state, rows, shift):
+        """Features (T, ..., 1 + P) whose inner products with (1, bias, user vector, state weight) are predictions.
+
+        `shift` (T, ..., 1 + factors) adds to bias and vector.
+        """
         factor = rows["item_factor"]
-        effect = rows["item_effect"] + (factor * self.to_vector(state)).sum(-1, keepdim=True)
+        effect = rows["item_effect"] + liking(shift, rows)[..., None]
+        effect = effect + (factor * self.to_vector(state)).sum(-1, keepdim=True)
         return torch.cat([effect, torch.ones_like(effect), factor.expand(*effect.shape[:-1], -1), state], -1)
 
 

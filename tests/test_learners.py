@@ -5,7 +5,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from models.learner import Learner
+from models.learner import Learner, liking
 from models.narm import NARM
 
 CAUSAL = ("sasrec", "narm", "gru4rec", "meanpool")  # a state has seen no later item
@@ -96,6 +96,8 @@ def test_queries_of_all_tasks_alike_and_in_parts_are_predicted_the_same(model, h
 @every_form
 def test_which_items_a_position_reads(model, head):
     learner, _ = build(model, head)
+    if head == "joint":  # every position reads the audiences of all items
+        learner.item_audience.data.zero_()
     tasks = tiny.lay_out([[6]], query_items=(3,))
     first, query = predict(learner, tasks)
     for t in range(6):
@@ -165,6 +167,21 @@ def test_joint_head_is_the_sum_of_its_terms():
         vector = head.user_vector + head.to_vector.weight @ h
         expected = effect + head.user_bias + factor @ vector
         torch.testing.assert_close(prediction, expected + head.state_weight @ h)
+
+
+def test_choices_are_the_faded_sum_of_the_audiences_of_the_whole_support():
+    learner, _ = build("sasrec")
+    head, tables = learner.head, learner.tables()
+    tasks = tiny.lay_out([[5, 2], [3]], query_items=(3,))  # two windows in the row of the whole support
+    alike = head.log_alike.exp().item()
+    for support in (5, 0):
+        changed = tasks._replace(n_support=torch.tensor([support]), segment=tasks.segment * (support > 0))
+        found = head.choices(changed, {"item_audience": tables["item_audience"][tasks.items]})
+        total = tables["item_audience"][tasks.items[0, 0, :support]].sum(0)
+        torch.testing.assert_close(found[0], head.choice * total * alike / (alike + support))
+    rows = {name: table[tasks.items] for name, table in tables.items()}
+    expected = found[0, 0] + rows["item_factor"] @ found[0, 1:]
+    torch.testing.assert_close(liking(found[:, None, None], rows), expected)
 
 
 def test_plain_head_is_linear_in_the_state():

@@ -366,10 +366,11 @@ def test_the_first_step_of_a_fresh_system_ends_at_the_posterior_mean(loss):
             place = sequences.offsets[user + 1] - 1 - np.arange(shots + 1)
             items = sequences.items[place] - 1
             design = np.concatenate([np.ones((shots + 1, 1)), factor[items]], axis=1)
-            past, left = design[1:], sequences.ratings[place[1:]] - effect[items[1:]] - design[1:] @ centre
-            vector = centre + np.linalg.solve(past.T @ past + np.diag(damping + shots * doubt), past.T @ left)
-            known = effect[items[0]] + audience[items[0]] * 4 / (4 + shots)
-            assert abs(found[user, 0] - known - design[0] @ centre) < 1e-4
+            prior = centre + 0.6 * audience[items[1:]].sum(0) * 10 / (10 + shots)
+            past, left = design[1:], sequences.ratings[place[1:]] - effect[items[1:]] - design[1:] @ prior
+            vector = prior + np.linalg.solve(past.T @ past + np.diag(damping + shots * doubt), past.T @ left)
+            known = effect[items[0]] + design[0] @ audience[items[0]] * 4 / (4 + shots)
+            assert abs(found[user, 0] - known - design[0] @ prior) < 1e-4
             np.testing.assert_allclose(found[user, 1:], known + design[0] @ vector, atol=1e-4)
 
 
