@@ -62,9 +62,10 @@ TRAINING = {"output", "models", "methods", "paper_models", "paper_methods", "pap
 TRAINING |= {"jobs", "threads", "report", "external", "train_users"}
 PUBLISHED = ("--output=results/published", "--models", "--paper_models", "bert4rec", "sasrec", "narm", "gru4rec")
 PUBLISHED += ("--paper_methods", *METHODS, "--init_seeds", "5", "6", "--load_pretrained_embedding=True")
+PUBLISHED += ("--num_train_iterations=400",)  # learning rates fall to the end of a fifth of the authors' iterations
 # The rest of the authors' commands for their data sets.
 ON_ML_1M = ("--folds", "-1", "--num_test_data=1000", "--lstm_hidden=128", "--lstm_input_size=8")
-ON_OTHERS = ("--num_train_iterations=3000", "--val_size=1000")
+ON_OTHERS = ("--val_size=1000",)
 DEMO = ("--output=log/demo", "--mode=sample", "--models=bert4rec", "--methods", "basic", "maml", "melo")
 DEMO += ("--folds", "0", "1")
 NEXT = """Next:

@@ -45,7 +45,7 @@ PAPER_FORM = {
     "loss_network": "lstm", "lstm_hidden": 32, "lstm_input_size": 16, "normalize_loss": True,
     "use_multi_step": True, "multi_step_loss_num_epochs": 1000, "members": 1, "balance": 0.0, "gru4rec_n_layers": 2,
     "batch_size": 16, "num_samples": 25, "num_query_set": 3, "full_support": 1.0,
-    "num_train_iterations": 2000, "outer_lr": 1e-3, "min_outer_lr": 1e-4, "item_lr": 1e-3, "learn_lr": 1e-2,
+    "num_train_iterations": 2000, "outer_lr": 1e-3, "min_outer_lr": 1e-4, "item_lr": 1e-4, "learn_lr": 1e-1,
     "loss_lr": 1e-2, "task_info_lr": 1e-2, "lstm_lr": 1e-1,
     "pretrain_epochs": 100, "pretraining_lr": 1e-3, "val_size": 600, "log_interval": 50,
 }  # fmt: skip
@@ -342,10 +342,12 @@ def parse(description, argv=None):
 
 def parse_pretrain(description, argv=None):
     """The options of pretrain.py: a learner without inner steps, in the pretraining's folder."""
-    options = read(description, argv, use_adaptive_loss=False, num_train_iterations=None)
+    options = read(description, argv, use_adaptive_loss=False, num_train_iterations=None, item_lr=None)
     options.num_inner_steps, options.use_multi_step, options.use_adaptive_loss = 0, False, False
     options.use_second_order = False
     options.outer_lr = options.pretraining_lr
+    if options.paper_form and options.item_lr is None:
+        options.item_lr = options.pretraining_lr
     options.batch_size, options.log_dir = options.pretraining_batch_size, options.pretrain_log_dir
     check(options)
     check_command(options)

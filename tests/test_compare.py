@@ -500,11 +500,12 @@ def test_the_published_preset_runs_the_authors_commands_from_pretrained_embeddin
         options = compare.read_options(args, cell)
         assert (options.model_init_seed, options.num_test_data, options.random_seed) == (cell.init, 1000, 222)
         basic = compare.read_options(args, cell._replace(method="basic"))
+        assert (options.item_lr, basic.item_lr) == ((1e-3 if options == basic else 1e-4), 1e-3)
         assert options.pretrain_log_dir == basic.log_dir and not basic.load_pretrained_embedding
         assert options.load_pretrained_embedding == (cell.method != "basic")
         assert (options.lstm_hidden, options.lstm_input_size) == (128, 8)
         if cell.method != "basic":
-            assert (options.num_train_iterations, options.num_samples, options.log_interval) == (2000, 25, 50)
+            assert (options.num_train_iterations, options.num_samples, options.log_interval) == (400, 25, 50)
         folders.add(checkpoint.run_folder(options.log_dir, options.mode, cell.learner, cell.method))
     assert len(folders) == len(cells) and scripts == {"pretrain.py"}
 
