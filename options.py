@@ -266,7 +266,7 @@ def add_loss_options(parser):
 
 def add_outer_options(parser):
     add = group(parser, "outer loop")
-    add("num_train_iterations", None, count(0), "meta-iterations; default: 12 tasks per training user, at least 150")
+    add("num_train_iterations", None, count(0), "meta-iterations; default: 18 tasks per training user, at least 150")
     add("batch_size", 128, count(1, MOST_TASKS), "tasks an iteration")
     add("task_chunk", 0, count(0, MOST_TASKS), "tasks in memory at once; 0 = as many as the processor's cache holds")
     add("outer_lr", 3e-3, POSITIVE, "learning rate of the learner, which falls as a cosine")
