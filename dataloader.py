@@ -19,7 +19,7 @@ from utils import UserError, random_stream, shorten
 AT_ONCE = {"adapt": 5000, "predict": 27_000}  # positions of a part whose arrays a processor's cache holds
 ON_GPU = 1 << 20  # positions of a part on a GPU, where the number of operations is what counts
 ROWS = 4  # of a part that a GPU adapts to, or a multiple of it
-EPOCHS, LEAST_ITERATIONS = 18, 150  # of a training whose --num_train_iterations is not given
+EPOCHS, LEAST_ITERATIONS = 18, 250  # of a training whose --num_train_iterations is not given
 FOLDS = 4  # of the training users; each meets item tables that were fitted without it
 
 

@@ -266,7 +266,7 @@ def add_loss_options(parser):
 
 def add_outer_options(parser):
     add = group(parser, "outer loop")
-    add("num_train_iterations", None, count(0), "meta-iterations; default: 18 tasks per training user, at least 150")
+    add("num_train_iterations", None, count(0), "meta-iterations; default: 18 tasks per training user, at least 250")
     add("batch_size", 128, count(1, MOST_TASKS), "tasks an iteration")
     add("task_chunk", 0, count(0, MOST_TASKS), "tasks in memory at once; 0 = as many as the processor's cache holds")
     add("outer_lr", 3e-3, POSITIVE, "learning rate of the learner, which falls as a cosine")
@@ -284,7 +284,7 @@ def add_outer_options(parser):
 def add_pretrain_options(parser):
     add = group(parser, "pretraining")
     add("pretraining_batch_size", 128, count(1, MOST_TASKS), "tasks an iteration of pretrain.py")
-    add("pretrain_epochs", 10, count(1, 10**6), "tasks per training user without --num_train_iterations, at least 150")
+    add("pretrain_epochs", 10, count(1, 10**6), "tasks per training user without --num_train_iterations, at least 250")
     add("pretraining_lr", 3e-3, POSITIVE, "learning rate of pretrain.py")
     add("load_pretrained_embedding", False, bool, "start from the pretrained item tables")
     add("load_pretrained", False, bool, "start from all pretrained weights")

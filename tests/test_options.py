@@ -127,7 +127,7 @@ def test_switches_may_be_given_with_a_value_as_in_the_original():
 @pytest.mark.parametrize(
     ("words", "shows"),
     [
-        ((), ["at least 150", "(default: joint)"]),
+        ((), ["at least 250", "(default: joint)"]),
         (("--paper_form=True",), ["(default: 25)", "(default: plain)", "(default: lstm)"]),
         (("--paper_form=code",), ["(default: 25)", "(default: plain)"]),
     ],
