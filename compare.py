@@ -110,10 +110,8 @@ def parse(argv):
     add("--threads", type=count(1, 1000), help="CPU threads of a run; changes last digits (default: 1)")
     add("--report", type=option_module.folder, help="folder of tables and pictures (default: that of --output)")
     add("--report_only", action="store_true", help="tables from the kept predictions, without training")
-    text = (
-        "the comparison with each of these numbers of training users (<output>/<number>-users), and a picture"
-    )
-    add("--train_users", nargs="*", default=[], type=count(1), metavar="N", help=text)
+    text = "the comparison with each of these numbers of training users (<output>/<number>-users), and a picture"
+    add("--train_users", nargs="+", default=(), type=count(1), metavar="N", help=text)
     text = "melu: MeLU's users, targets and figures, drawn by --seeds; in <output>/melu"
     add("--protocol", choices=protocols.PROTOCOLS, help=text)
     text = "another program's predictions as a row: a CSV file of user, item, prediction (and task, fold, seed)"
@@ -166,6 +164,8 @@ def check(args, own, rest):
             raise UserError(f"{why}: leave out {', '.join(f'--{name}' for name in sorted(names))}")
     if len(dict(args.external)) < len(args.external):
         raise UserError("--external has two files of one name: give each a name of its own")
+    if args.train_users and not (args.models and args.methods or args.paper_models and args.paper_methods):
+        raise UserError("--train_users shows trained methods: give --models and --methods")
 
 
 def unused(args, own, rest):
@@ -180,6 +180,9 @@ def unused(args, own, rest):
         yield f"--protocol={args.protocol} has users and targets of its own", owns
     if not args.paper_models:
         yield "--paper_models is not given", own & {"paper_methods", "paper_form"}
+    if args.train_users:
+        given = own & {"demo", "external"} | rest & {"num_train_users"}
+        yield "--train_users is another comparison for each number", given
 
 
 def list_cells(args):
@@ -431,51 +434,66 @@ def report(args, cells, paths):
     return tables.write(args.report, cells, found)
 
 
-def by_train_users(args, argv):
-    """The comparison with each number of training users, and a picture of all: the exit status."""
-    found = {}
-    for number in sorted(set(args.train_users)):
-        own = [f"--{name}={getattr(args, name)}/{number}-users" for name in ("output", "report")]
-        words = [*argv, *own, "--train_users", *([] if args.report_only else [f"--num_train_users={number}"])]
-        if status := main(words):
-            return status
-        part = parse(words)
-        found[number] = results.load(kept(part, list_cells(part)))
-    figures.draw_train_users(args.report, list_cells(args), found)
-    print(f"Picture of all numbers of training users: {args.report / 'train_users.png'}")
-    return 0
-
-
 def kept(args, cells):
     """The files of predictions that are there, {cell: path}."""
     return {cell: path for cell in cells if os.path.exists(path := path_of(args, cell))}
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
-    if args.train_users:
-        return by_train_users(args, argv)
+def compare_once(args):
+    """Run what is left of a comparison, write its tables and pictures and print them: the exit status."""
     cells = list_cells(args)
-    if args.protocol and not args.report_only:
-        utils.make_folder(args.output / "runs", parents=True)
-        for seed in args.seeds:
-            protocols.prepare(option_module.parse("", args.rest), split_path(args, seed), seed)
-    if args.export_targets:
-        return export_targets(args, cells)
     try:
         with stopped_by_signals():
             failed = {} if args.report_only else make_predictions(args, cells)
     except KeyboardInterrupt:
         say("stopped; the same command goes on")
         return 130
-    print(report(args, cells, kept(args, [cell for cell in cells if cell not in failed])))
+    there = kept(args, [cell for cell in cells if cell not in failed])
+    if not there:
+        for cell, error in failed.items():
+            raise UserError(f"no run succeeded; {shown(cell)}: {error}")
+        raise UserError(f"{args.output} holds no predictions of these runs: give the command without --report_only")
+    print(report(args, cells, there))
     print(f"Tables and pictures: {args.report}")
     if args.demo:
         print(NEXT.format(bin=os.path.relpath(Path(sys.executable).parent)))
     for cell, error in failed.items():
         say(f"failed: {shown(cell)}: {error}")
     return 1 if failed else 0
+
+
+def compare_train_users(args):
+    """A comparison with each of `args.train_users`, and a picture of all: the exit status."""
+    parts, cells = {number: of_train_users(args, number) for number in sorted(set(args.train_users))}, list_cells(args)
+    if not args.report_only:
+        dataloader.load_problem(read_options(parts[max(parts)], cells[0]))  # refuses a number that is too large
+    status = 0
+    for part in parts.values():
+        if (of_part := compare_once(part)) == 130:
+            return of_part
+        status = max(status, of_part)
+    found = {number: results.load(kept(part, cells)) for number, part in parts.items()}
+    figures.draw_train_users(args.report, cells, found)
+    print(f"Picture of all numbers of training users: {args.report / 'train_users.png'}")
+    return status
+
+
+def of_train_users(args, number):
+    """The options of the comparison with that many training users."""
+    output, report = (path / f"{number}-users" for path in (args.output, args.report))
+    rest = args.rest if args.report_only else [*args.rest, f"--num_train_users={number}"]
+    return argparse.Namespace(**{**vars(args), "output": output, "report": report, "rest": rest})
+
+
+def main(argv=None):
+    args = parse(sys.argv[1:] if argv is None else argv)
+    if args.protocol and not args.report_only:
+        utils.make_folder(args.output / "runs", parents=True)
+        for seed in args.seeds:
+            protocols.prepare(option_module.parse("", args.rest), split_path(args, seed), seed)
+    if args.export_targets:
+        return export_targets(args, list_cells(args))
+    return compare_train_users(args) if args.train_users else compare_once(args)
 
 
 if __name__ == "__main__":

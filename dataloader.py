@@ -111,7 +111,7 @@ def split_users(n_users, options, test=None):
     """Split users, never ratings, into (train, validation, test), each an ascending array of user numbers.
 
     Test users are `test` where it is given, else drawn by `random_seed`, or fold `fold` of `num_folds`; 15 % of the
-    rest validate. Of those who train, `num_train_users` are taken where it is not 0, more of them with a larger number.
+    rest validate. Where `num_train_users` is not 0, that many of the others train; a larger number adds users.
     """
     rng = np.random.RandomState(options.random_seed)
     if options.fold >= 0:

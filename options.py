@@ -271,7 +271,8 @@ def add_outer_options(parser):
     add("task_chunk", 0, count(0, MOST_TASKS), "tasks in memory at once; 0 = as many as the processor's cache holds")
     add("outer_lr", 3e-3, POSITIVE, "learning rate of the learner, which falls as a cosine")
     add("min_outer_lr", 1e-4, RATE, "the value it falls to; all other rates fall in proportion")
-    add("item_lr", None, RATE, "learning rate of the item tables; default: 0 for the joint head, else 3e-4")
+    text = "learning rate of the item tables; default: 0 for the joint head, else 3e-4 or, in pretrain.py with a "
+    add("item_lr", None, RATE, text + "--paper_form, --pretraining_lr")
     add("learn_lr", 1e-2, RATE, "learning rate of the inner rates")
     add("loss_lr", 3e-3, RATE, "learning rate of the mlp and metal loss networks")
     add("task_info_lr", 1e-2, RATE, "learning rate of the metal loss's shift for the task")
@@ -430,7 +431,7 @@ def removed(options):
         "weight_decay": 0.01 if joint else 0.0, "average": 0.98 if joint else 0.0, "val_targets": 3 if joint else 1,
         "error_heads": 2 if joint else ANY, "cross_fit": 4 if joint else ANY, "init_items": "factors" if joint else ANY,
         "inner_rates": "element" if options.get("adapt", "head") == "head" else "tensor",
-        "absolute_weights": options.get("paper_form") == "code",
+        "absolute_weights": options.get("paper_form") == "code" if options.get("loss_network") == "lstm" else ANY,
     } | ({} if joint else {"factor_prior": ANY})  # fmt: skip
 
 

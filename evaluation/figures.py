@@ -69,7 +69,7 @@ def draw_all(folder, cells, found):
 def draw_train_users(folder, cells, found):
     """Draw the differences from the damped means by number of training users, {number: `results.Results`}."""
     first = next(iter(found.values()))
-    groups = [group for group in results.groups_of(cells, first) if group[0] != "external"]
+    groups = list(dict.fromkeys(group for each in found.values() for group in results.groups_of(cells, each)))
     rows = pd.concat([at_full_support(each.last).assign(part=number) for number, each in found.items()])
     where = f"{name_of(first.about)}, {first.last.user.nunique():,} test users, the last rating of each"
     parts, ticks = list(found), [f"{number:,}" for number in found]

@@ -32,6 +32,7 @@ KEY = ["method", "task", "shots", "user", "item"]
 TASKS = {"last"}, {"last", "order"}, {"order", "validation"}  # of a file; those of a user's last rating, of the last
 # ten, and of a validation user's last ten
 ABOUT = {"options": dict, "mode": str, "num_folds": int, "fingerprint": str, "scale": list, "levels": list}
+VERSION = 2  # of the methods: what another version trained is trained again
 ABOUT |= {"commit": str, "hardware": str, "torch": str}  # what a file must say of its run
 
 
@@ -103,13 +104,13 @@ def check(frame):
 
 
 def is_finished(path, cell, options, fingerprint):
-    """Whether the file holds predictions made with the same options from the same data."""
+    """Whether the file holds predictions made by this version with the same options from the same data."""
     try:
         about = read(path).attrs
         option_module.check_resume(about["options"], stored_options(cell, options), may_grow=())
     except UserError:
         return False
-    return about["fingerprint"] == fingerprint
+    return about["fingerprint"] == fingerprint and (cell.learner == "simple" or about.get("version") == VERSION)
 
 
 def write(path, cell, options, problem, columns, about):
@@ -121,6 +122,7 @@ def write(path, cell, options, problem, columns, about):
     frame = columns.assign(**ids, balance=balance[user])
     frame.attrs = {
         "options": stored_options(cell, options),
+        "version": VERSION,
         "mode": options.mode,
         "num_folds": options.num_folds,
         "fingerprint": ratings.fingerprint,

@@ -215,8 +215,6 @@ def figures(rows, scale, levels):
 
 def report(folder, paths):
     """Write table.md and table.csv of the kept predictions {cell: path}; the Markdown text."""
-    if not paths:
-        raise UserError("there are no predictions to make a table of: run the same command without --report_only")
     rows, known = [], []
     for cell, path in paths.items():
         frame = predictions.read(path)

@@ -29,8 +29,6 @@ class Results(NamedTuple):
 
 def load(paths, others=()):
     """The `Results` of the kept predictions {cell: path} and of other programs' predictions {name: path}."""
-    if not paths:
-        raise UserError("there are no predictions to make a table of: run the same command without --report_only")
     frames = {cell: predictions.read(path) for cell, path in paths.items()}
     about = {cell: frame.attrs for cell, frame in frames.items()}
     known = next(iter(about.values()))

@@ -159,10 +159,12 @@ def notes(found, cells):
     of_folds = "drawn at random" if folds == [-1] else f"fold {listed(folds)} of {known[0]['num_folds']}"
     repeated = len(seeds) > 1 or len(inits_of(found)) > 1
     noise = "is not in them" if not repeated else "is in them as far as errors are averaged over trainings"
+    trained_on = next((entry["options"].get("num_train_users") for entry in known), 0)
+    few = f" Trained on {trained_on:,} users." if trained_on else ""
     lines = [
         f"{found.last.user.nunique()} targets, the last ratings of test users ({of_folds}); seed {listed(seeds)}. "
         "Standard errors (in brackets) and intervals are those of drawing other test users; how much two trainings "
-        f"differ {noise}. The best of a learner and the best simple predictor are chosen on these targets.",
+        f"differ {noise}. The best of a learner and the best simple predictor are chosen on these targets.{few}",
         f"Commit {listed_of(known, 'commit')}; torch {listed_of(known, 'torch')}; {listed_of(known, 'hardware')}; "
         f"{sum(trained) / 60:.1f} minutes of training in {len(trained)} runs.",
     ]

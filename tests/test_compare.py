@@ -433,6 +433,29 @@ def test_each_number_of_training_users_has_tables_of_its_own_and_all_have_a_pict
     assert compare.main([*given, "--models=sasrec", "--report_only"]) == 0
     assert (tmp_path / "train_users.png").read_bytes() == before
     assert "train_users.png" in capsys.readouterr().out
+    with pytest.raises(UserError, match="40-users holds no predictions"):
+        compare.main([*given, "--models=sasrec", "--report_only", "--train_users", "20", "40"])
+
+
+def test_too_many_training_users_are_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "make_predictions", no_training)
+    with pytest.raises(UserError, match="--num_train_users=9000 is more than the 638 training users"):
+        compare.main([f"--output={tmp_path}", "--models=sasrec", "--train_users", "9000", "20", "--", *SIZES])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_without_any_run_says_why(tmp_path):
+    words = "--models=sasrec", "--methods=maml", *SIZES, "--num_train_users=9000"
+    with pytest.raises(UserError, match="no run succeeded; simple predictors.* more than the 638"):
+        compare.main([f"--output={tmp_path}", *words])
+
+
+def test_numbers_of_training_users_do_not_wait_for_each_other(tmp_path, monkeypatch):
+    (tmp_path / "20-users").mkdir()
+    (tmp_path / "20-users" / "runs").write_text("in the way")
+    given = "--models=sasrec", "--methods", "maml", *SIZES, "--num_train_iterations=2"
+    assert compare.main([f"--output={tmp_path}", *given, "--train_users", "20", "30"]) == 1
+    assert (tmp_path / "train_users.png").exists()
 
 
 @pytest.mark.parametrize("method", compare.METHODS)
@@ -468,6 +491,9 @@ def test_each_method_is_the_one_its_options_make(method):
         (["--export_targets=x", "--external", "a=x.csv"], "makes no table"),
         (["--export_targets=x", "--models=narm", "--jobs=2"], "leave out --jobs, --models"),
         (["--export_targets=x", "--train_users", "5"], "leave out --train_users"),
+        (["--train_users", "5", "--num_train_users=6", "--demo"], "leave out --demo, --num_train_users"),
+        (["--train_users", "5", "--models"], "give --models and --methods"),
+        (["--train_users"], "expected at least one argument"),
         (["--export_targets=x", "--mode=sample", "--num_inner_steps=2"], "leave out --num_inner_steps"),
         (["--paper_methods=melo", "--mode=sample"], "--paper_models is not given: leave out --paper_methods"),
         (["--mode=sample", "--ranking"], "does not go without --test"),

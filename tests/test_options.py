@@ -262,6 +262,13 @@ def test_options_that_are_gone(monkeypatch, old, restores, resumes):
             use()
 
 
+@pytest.mark.parametrize(("form", "value", "works"), [("paper", False, 1), ("paper", True, 0), ("default", True, 1)])
+def test_absolute_weights_of_an_lstm_are_those_of_the_code(form, value, works):
+    stored = {**vars(FORMS[form]), "absolute_weights": value}
+    with contextlib.nullcontext() if works else pytest.raises(UserError, match="no --absolute_weights=True"):
+        option_module.restore(stored, {}, "melo.pt")
+
+
 def test_removed_options_are_gone_or_still_accepted():
     for form in FORMS.values():
         gone = option_module.removed(vars(form))
