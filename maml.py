@@ -386,8 +386,8 @@ def is_like(tensor, other):
 
 def misfit(source):
     return UserError(
-        f"{source} does not fit its own options (other names, sizes or values): it is damaged or of another version; use "
-        "another file, or train again in another --log_dir"
+        f"{source} does not fit its own options (other names, sizes or values): it is damaged or of another version; "
+        "use another file, or train again in another --log_dir"
     )
 
 
