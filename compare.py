@@ -171,7 +171,8 @@ def check(args, own, rest):
 def unused(args, own, rest):
     """Pairs of a reason and the names of options that were given and have no effect for this reason."""
     if args.report_only:
-        yield "--report_only reads kept predictions", rest | own & {"jobs", "threads", "export_targets"}
+        used = {"mode"} if args.preset else set()  # it decides the folds
+        yield "--report_only reads kept predictions", rest - used | own & {"jobs", "threads", "export_targets"}
     if args.export_targets:
         used = option_module.in_groups("data", "split of users") | {"max_seq_len"}
         yield "--export_targets makes no table and trains nothing", own & TRAINING | rest - used

@@ -536,6 +536,12 @@ def test_the_published_preset_runs_the_authors_commands_from_pretrained_embeddin
     assert len(folders) == len(cells) and scripts == {"pretrain.py"}
 
 
+def test_the_tables_of_the_preset_are_those_of_the_mode():
+    words = "--preset=published", "--report_only"
+    assert {cell.fold for cell in cells_of(*words)[0]} == {-1}
+    assert {cell.fold for cell in cells_of(*words, "--mode=amazon")[0]} == {0}
+
+
 def test_forms_have_rows_and_folders_of_their_own():
     words = "--models=narm", "--methods=melo", "--paper_models=narm", "--paper_methods=melo", "--mode=sample"
     (plain, paper), args = cells_of(*words)
