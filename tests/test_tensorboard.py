@@ -222,7 +222,8 @@ def test_starting_again_leaves_nothing_of_the_run_before(log):
     ("given", "found"), [({}, "noise 4.00, biases shrunk by 4.0 ratings, "), ({"inner_damping": 9}, "")]
 )
 def test_a_run_says_what_it_chose_and_not_what_was_given(given, found):
-    run = tiny.run(tiny.options(num_train_iterations=dataloader.LEAST_ITERATIONS, **given))
-    assert progress.say_chosen(run) == f"3 of 3 factors, {found}150 iterations"
-    assert progress.say_chosen(tiny.run(tiny.options(num_train_iterations=150, adapt="all"))) == "150 iterations"
+    least = dataloader.LEAST_ITERATIONS
+    run = tiny.run(tiny.options(num_train_iterations=least, **given))
+    assert progress.say_chosen(run) == f"3 of 3 factors, {found}{least} iterations"
+    assert progress.say_chosen(tiny.run(tiny.options(num_train_iterations=least, adapt="all"))) == f"{least} iterations"
     assert progress.say_chosen(tiny.run(tiny.options(num_train_iterations=400, adapt="all"))) == ""
