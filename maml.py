@@ -41,13 +41,15 @@ def adapt(member, tasks, tables, second_order, n_windows=0):
     way = AdaptAll if adapts_all else AdaptHead
     user = way(member.learner, tasks, tables, second_order)
     theta, thetas, support = user.theta, [user.theta], []
+    moved = torch.zeros_like(theta)  # theta - theta_0, which subtracting would round
     alpha, direction = member.rates(user, tasks)  # (K, T or 1, P), and a function
     prepared = member.loss_network.prepare(tasks)
     for step in range(member.options.num_inner_steps):
         predicted = user.predict_support(theta)  # (1): (T, R, S)
         slope = member.loss_network(prepared, step, predicted, tasks) * tasks.times  # (2): dL / dpredicted, (T, R, S)
         gradient = user.vjp(predicted, slope)  # (3): (T, P)
-        theta = theta - alpha[step] * direction(gradient, theta)  # (4): (T, P)
+        moved = moved - alpha[step] * direction(gradient, moved)  # (4): (T, P)
+        theta = user.theta + moved
         thetas.append(theta)
         support.append(predicted)
     queries, last = user.predict_queries(thetas, n_windows)
@@ -195,7 +197,7 @@ class InnerRates(nn.Module):
         self.requires_grad_(options.use_learnable_params)
 
     def forward(self, user, tasks):
-        """The rates (K, T or 1, P) of adapting to a `user`, and a function from gradient and theta to the direction.
+        """The rates (K, T or 1, P) of adapting to a `user`, and a function: gradient, theta - theta_0 -> direction.
 
         The gradient is that of the loss summed over the support.
         """
@@ -204,12 +206,12 @@ class InnerRates(nn.Module):
         if self.of_posterior and len(rate):
             damping = lay_out(self.log_damping, user.shapes)[0] + count * lay_out(self.log_doubt, user.shapes)[0]
             inverse = Inverse.apply(user.gram(tasks.times) + damping.diag_embed())
-            return rate, lambda g, theta: (inverse @ (g + damping * (theta - user.theta))[..., None])[..., 0]
+            return rate, lambda g, moved: (inverse @ (g + damping * moved)[..., None])[..., 0]
         count = count.clamp_min(1)
         if self.log_damping and len(rate):
             n_support = tasks.n_support.to(rate.dtype)[:, None]
             rate = rate * (n_support / (n_support + lay_out(self.log_damping, user.shapes)))
-        return rate, lambda g, theta: g / count
+        return rate, lambda g, moved: g / count
 
 
 class Inverse(torch.autograd.Function):

@@ -64,11 +64,10 @@ class Learner(nn.Module):
         """Predictions (T, R, S) for the support, and the memory that `predict_query` needs, from rows of the tables."""
         rows = look_up_all(tables, tasks.items)
         states, memory = self.encoder.encode_history(rows["item_embedding"], tasks)
-        predicted = self.head(states, rows)
         if self.errors is None:
-            return predicted, (memory,)
+            return self.head(states, rows), (memory,)
         choices = self.head.choices(tasks, rows)
-        predicted = predicted + liking(choices[:, None, None], rows)
+        predicted = self.head(states, rows, choices[:, None, None])
         weights, of_errors = self.errors.encode_history(rows, tasks)
         error = (tasks.ratings - predicted) * (tasks.segment > 0)
         return predicted + apply(weights, error), (memory, of_errors, error[:, 0], length(tasks), choices)
@@ -80,8 +79,8 @@ class Learner(nn.Module):
         if self.errors is None:
             return self.head(states, rows)
         _, of_errors, error, n_support, choices = memory
-        predicted = self.head(trust(states, n_support), rows)
-        predicted = predicted + liking(choices[:, None] + self.head.lean(n_support, rows), rows)
+        shift = choices[:, None] + self.head.lean(n_support, rows)
+        predicted = self.head(trust(states, n_support), rows, shift)
         return predicted + apply(self.errors.encode_query(rows, of_errors), error)
 
     def predict(self, tasks, tables, at_once=None):
@@ -121,11 +120,6 @@ def trust(states, n_support):
     Then the prediction is that of the factor analysis, which is hard to beat for users of whom nothing is known.
     """
     return states * (n_support / (n_support + 1))[..., None]
-
-
-def liking(shift, rows):
-    """What a shift (T, ..., 1 + factors) of a user's bias and vector adds to predictions (T, ...)."""
-    return shift[..., 0] + (rows["item_factor"] * shift[..., 1:]).sum(-1)
 
 
 def apply(weights, errors):
@@ -206,20 +200,20 @@ class JointHead(nn.Module):
         fading = broadcast_parameter(self.log_fading, n_support, 0).exp()
         return (fading / (n_support + fading))[..., None] * rows["item_audience"]
 
-    def forward(self, state, rows):
-        """Predictions (T, ...) from states (T, ..., D) and the items' rows {name: (T, ..., width)}."""
-        vector = broadcast_parameter(self.user_vector, state) + self.to_vector(state)
-        bias = rows["item_effect"][..., 0] + broadcast_parameter(self.user_bias, state[..., 0], 0)
-        return bias + (rows["item_factor"] * vector).sum(-1) + dot(state, self.state_weight)
-
-    def features(self, state, rows, shift):
-        """Features (T, ..., 1 + P) whose inner products with (1, bias, user vector, state weight) are predictions.
+    def forward(self, state, rows, shift):
+        """Predictions (T, ...) from states (T, ..., D) and the items' rows {name: (T, ..., width)}.
 
         `shift` (T, ..., 1 + factors) adds to bias and vector.
         """
+        vector = broadcast_parameter(self.user_vector, state) + self.to_vector(state) + shift[..., 1:]
+        bias = rows["item_effect"][..., 0] + broadcast_parameter(self.user_bias, state[..., 0], 0) + shift[..., 0]
+        return bias + (rows["item_factor"] * vector).sum(-1) + dot(state, self.state_weight)
+
+    def features(self, state, rows, shift):
+        """Features (T, ..., 1 + P) whose inner products with (1, bias, user vector, state weight) are `forward`'s."""
         factor = rows["item_factor"]
-        effect = rows["item_effect"] + liking(shift, rows)[..., None]
-        effect = effect + (factor * self.to_vector(state)).sum(-1, keepdim=True)
+        vector = self.to_vector(state) + shift[..., 1:]
+        effect = rows["item_effect"] + shift[..., :1] + (factor * vector).sum(-1, keepdim=True)
         return torch.cat([effect, torch.ones_like(effect), factor.expand(*effect.shape[:-1], -1), state], -1)
 
 

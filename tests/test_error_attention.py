@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call
 
 from models.error_attention import HEADS, ErrorAttention
-from models.learner import Learner, apply, length, liking, look_up_all, trust
+from models.learner import Learner, apply, length, look_up_all, trust
 
 WIDTH, FACTORS = 8, 3
 
@@ -67,10 +67,10 @@ def test_the_errors_of_the_predictions_without_them_are_added():
     rows, query_rows = look_up_all(tables, tasks.items), look_up_all(tables, tasks.query_items)
     states, memory = learner.encoder.encode_history(rows["item_embedding"], tasks)
     choices = learner.head.choices(tasks, rows)
-    support = learner.head(states, rows) + liking(choices[:, None, None], rows)
+    support = learner.head(states, rows, choices[:, None, None])
     states = trust(learner.encoder.encode_query(query_rows["item_embedding"], memory), length(tasks))
     shift = choices[:, None] + learner.head.lean(length(tasks), query_rows)
-    query = learner.head(states, query_rows) + liking(shift, query_rows)
+    query = learner.head(states, query_rows, shift)
     weights, of_errors = learner.errors.encode_history(rows, tasks)
     error = torch.where(tasks.segment > 0, tasks.ratings - support, 0.0)
     found = learner.predict(tasks, tables)
